@@ -1,0 +1,26 @@
+// Package guard lets a test take one protection of unibus away and watch the
+// named test that depends on it fail.
+//
+// In every ordinary build Off is a constant false that the compiler removes
+// together with the branch behind it: a released binary holds no switch that
+// an attacker or an operator could throw (make check looks for it). Only a
+// build with the tag "controls" reads UNIBUS_GUARD_OFF, and prints so.
+package guard
+
+// Name is one protection that a negative control takes away.
+type Name string
+
+// The protections with a negative control. docs/controls.md lists the test
+// that fails without each.
+const (
+	FreshReads         Name = "fresh-reads"          // off: decide on plain KV reads
+	AckWait            Name = "ack-wait"             // off: a change returns without waiting for lease holders
+	OwnBarrier         Name = "own-barrier"          // off: a sequence, not the own record, proves a barrier
+	Lease              Name = "lease"                // off: decide without a lease
+	ResponseExpiry     Name = "response-expiry"      // off: authorization responses carry no exp
+	ClientSignature    Name = "client-signature"     // off: the client's signature is not verified
+	Nonce              Name = "nonce"                // off: an empty nonce is accepted
+	EmptyPermissions   Name = "empty-permissions"    // off: a user without rights gets empty lists
+	NoReplyPermissions Name = "no-reply-permissions" // off: minted JWTs carry response permissions
+	LowOrderKey        Name = "low-order-key"        // off: low-order keys are accepted
+)

@@ -1,0 +1,67 @@
+package bus
+
+// This file is the subject grammar of account BUS. No other file spells a
+// subject of a user. Every argument has been parsed by its type, so that no
+// token can hold a dot, a wildcard or a space.
+
+// RoomPublish is the one subject space in which a user may send into a room.
+// It carries the sender, so the server's permission check is the proof of who
+// sent: room.<room>.<U>.<topic...>.
+func RoomPublish(room RoomID, user UserKey) string {
+	return "room." + string(room) + "." + user.NKey() + ".>"
+}
+
+// RoomSubject is the subject of one message; topic is one or more valid tokens
+// (see ParseTopic).
+func RoomSubject(room RoomID, user UserKey, topic string) string {
+	return "room." + string(room) + "." + user.NKey() + "." + topic
+}
+
+// RoomSubscribe is what a member of a room without durability hears.
+func RoomSubscribe(room RoomID) string { return "room." + string(room) + ".>" }
+
+// FeedSubscribe is what a member of a durable room hears: messages that a
+// quorum has stored, republished by the server.
+func FeedSubscribe(room RoomID) string { return "feed." + string(room) + ".>" }
+
+// InboxPrefix is the only inbox a user may hear. Services answer there and
+// nowhere else: an answer to any other subject would let a member choose under
+// whose name the service speaks.
+func InboxPrefix(user UserKey) string { return "_INBOX_" + user.NKey() }
+
+// InboxSubscribe is the permission that covers a user's own inbox.
+func InboxSubscribe(user UserKey) string { return InboxPrefix(user) + ".>" }
+
+// NoticeSubscribe is the permission that covers the hints a user gets about
+// their own access.
+func NoticeSubscribe(user UserKey) string { return "notice." + user.NKey() + ".>" }
+
+// ParseTopic checks the free part of a room subject: 1 to 16 tokens of 1 to 64
+// characters a-z A-Z 0-9 _ - each.
+func ParseTopic(s string) (string, error) {
+	tokens, length := 1, 0
+	for i := range len(s) {
+		switch c := s[i]; {
+		case c == '.':
+			if length == 0 {
+				return "", badTopic(s)
+			}
+			tokens, length = tokens+1, 0
+			continue
+		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c >= '0' && c <= '9', c == '_', c == '-':
+		default:
+			return "", badTopic(s)
+		}
+		if length++; length > 64 {
+			return "", badTopic(s)
+		}
+	}
+	if length == 0 || tokens > 16 {
+		return "", badTopic(s)
+	}
+	return s, nil
+}
+
+func badTopic(s string) *Error {
+	return E(Invalid, "topic %s is refused: a topic is 1 to 16 tokens of a-z A-Z 0-9 _ - joined by dots", quoted(s))
+}

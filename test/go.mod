@@ -1,0 +1,7 @@
+module unibus.internal/test
+
+go 1.26
+
+require unibus.internal/bus v0.0.0
+
+replace unibus.internal/bus => ../bus
