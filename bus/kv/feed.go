@@ -1,0 +1,463 @@
+package kv
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"unibus.internal/bus"
+)
+
+const (
+	heartbeat = 500 * time.Millisecond
+	// silence is how long a feed may say nothing, not even a heartbeat, before
+	// its consumer is given up. Detecting it and electing a leader must fit
+	// into one lease.
+	silence      = 3 * heartbeat
+	rebuildPause = 200 * time.Millisecond
+	apiTimeout   = 2 * time.Second
+)
+
+type feedState struct {
+	live   bool // loaded, and following
+	reason string
+}
+
+// Run feeds the View and keeps its lease until ctx ends, then releases the
+// lease. It never returns early.
+func (v *View) Run(ctx context.Context) {
+	done := make(chan struct{}, len(viewBuckets)+1)
+	for i := range viewBuckets {
+		go func() { v.follow(ctx, i); done <- struct{}{} }()
+	}
+	go func() { v.keepLease(ctx); done <- struct{}{} }()
+	for range cap(done) {
+		<-done
+	}
+}
+
+// follow keeps one table fed. Each attempt loads the stream from nothing into a
+// new table; the old one serves, unacknowledging, until its lease runs out.
+func (v *View) follow(ctx context.Context, i int) {
+	for ctx.Err() == nil {
+		err := v.feed(ctx, i)
+		if ctx.Err() != nil {
+			return
+		}
+		v.mu.Lock()
+		v.feeds[i] = feedState{reason: err.Error()}
+		if errors.Is(err, errUntrusted) {
+			v.dropLocked(err.Error())
+		}
+		v.wake()
+		v.mu.Unlock()
+		v.log.Warn("feed lost; reloading", "stream", StreamName(viewBuckets[i]), "err", err)
+		select {
+		case <-ctx.Done():
+		case <-time.After(rebuildPause):
+		}
+	}
+}
+
+// errUntrusted marks a feed whose past answers cannot be trusted either: the
+// lease ends at once instead of running out.
+var errUntrusted = errors.New("untrusted")
+
+// feed follows one stream until anything at all is wrong with it.
+func (v *View) feed(ctx context.Context, i int) error {
+	stream := StreamName(viewBuckets[i])
+	actx, cancel := context.WithTimeout(ctx, apiTimeout)
+	defer cancel()
+	s, err := v.js.Stream(actx, stream)
+	if err != nil {
+		return fmt.Errorf("stream %s: %w", stream, err)
+	}
+	info := s.CachedInfo()
+	for _, want := range Streams() {
+		if want.Name == stream {
+			if err := Verify(info.Config, want); err != nil {
+				return fmt.Errorf("%w: %w", errUntrusted, err)
+			}
+		}
+	}
+	if err := v.checkIdentity(i, info.Created); err != nil {
+		return err
+	}
+	tail, err := openTail(actx, v.cfg.Conn, viewBuckets[i])
+	if err != nil {
+		return fmt.Errorf("stream %s: %w", stream, err)
+	}
+	defer tail.close()
+	return v.consume(ctx, i, tail.sub, info, tail.pending)
+}
+
+// tail is a consumer that delivers the newest record of every key of a bucket
+// and then whatever follows.
+type tail struct {
+	sub     *nats.Subscription
+	pending uint64 // records that were there when it was made
+	close   func()
+}
+
+func openTail(ctx context.Context, nc *nats.Conn, bucket string) (*tail, error) {
+	sub, err := nc.SubscribeSync(nc.NewInbox())
+	if err != nil {
+		return nil, err
+	}
+	if err := sub.SetPendingLimits(2_000_000, 512<<20); err != nil {
+		return nil, errors.Join(err, sub.Unsubscribe())
+	}
+	js, err := nc.JetStream(nats.MaxWait(apiTimeout))
+	if err != nil {
+		return nil, errors.Join(err, sub.Unsubscribe())
+	}
+	consumer, err := js.AddConsumer(StreamName(bucket), &nats.ConsumerConfig{
+		DeliverSubject: sub.Subject, DeliverPolicy: nats.DeliverLastPerSubjectPolicy, FilterSubject: "$KV." + bucket + ".>",
+		AckPolicy: nats.AckNonePolicy, MaxDeliver: 1, Replicas: 1, MemoryStorage: true,
+		Heartbeat: heartbeat, FlowControl: true, InactiveThreshold: 10 * time.Second,
+	}, nats.Context(ctx))
+	if err != nil {
+		return nil, errors.Join(err, sub.Unsubscribe())
+	}
+	return &tail{sub: sub, pending: consumer.NumPending, close: func() {
+		_ = sub.Unsubscribe()
+		_ = js.DeleteConsumer(StreamName(bucket), consumer.Name, nats.MaxWait(100*time.Millisecond))
+	}}, nil
+}
+
+// checkIdentity drops everything when a stream is not the one the View knows:
+// it was deleted and made again, so no earlier revision means anything.
+func (v *View) checkIdentity(i int, created time.Time) error {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	known := v.tables[i].created
+	if known.IsZero() || known.Equal(created) {
+		return nil
+	}
+	v.tables[i] = newTable(time.Time{})
+	clear(v.access)
+	return fmt.Errorf("%w: stream %s was made again at %s", errUntrusted, StreamName(viewBuckets[i]), created.Format(time.RFC3339Nano))
+}
+
+func (v *View) consume(ctx context.Context, i int, sub *nats.Subscription, info *jetstream.StreamInfo, pending uint64) error {
+	t := newTable(info.Created)
+	loading := pending > 0
+	if !loading {
+		v.install(i, t)
+	}
+	var last uint64 // consumer sequence of the last message
+	for {
+		mctx, cancel := context.WithTimeout(ctx, silence)
+		msg, err := sub.NextMsgWithContext(mctx)
+		cancel()
+		switch {
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case errors.Is(err, nats.ErrSlowConsumer):
+			return fmt.Errorf("%w: stream %s: the feed overflowed", errUntrusted, info.Config.Name)
+		case err != nil:
+			return fmt.Errorf("stream %s: silent for %s: %w", info.Config.Name, silence, err)
+		}
+		if status := msg.Header.Get("Status"); status != "" {
+			if err := v.control(msg, status, last); err != nil {
+				return fmt.Errorf("stream %s: %w", info.Config.Name, err)
+			}
+			continue
+		}
+		md, err := msg.Metadata()
+		if err != nil {
+			return fmt.Errorf("%w: stream %s: %w", errUntrusted, info.Config.Name, err)
+		}
+		if md.Sequence.Consumer != last+1 {
+			return fmt.Errorf("%w: stream %s: gap after consumer sequence %d", errUntrusted, info.Config.Name, last)
+		}
+		last = md.Sequence.Consumer
+		rec := record{key: strings.TrimPrefix(msg.Subject, "$KV."+viewBuckets[i]+"."), rev: md.Sequence.Stream, at: md.Timestamp, value: msg.Data}
+		if op := msg.Header.Get("KV-Operation"); op != "" || msg.Header.Get("Nats-Marker-Reason") != "" {
+			rec.value = nil
+		}
+		if loading {
+			v.load(i, t, rec)
+			if md.NumPending == 0 {
+				loading = false
+				v.install(i, t)
+			}
+			continue
+		}
+		if err := v.apply(i, t, rec); err != nil {
+			return err
+		}
+	}
+}
+
+// control handles a message without payload: heartbeat or flow control. A
+// heartbeat names the last message sent; not having it means one was lost.
+func (v *View) control(msg *nats.Msg, status string, last uint64) error {
+	if status != "100" {
+		return fmt.Errorf("consumer ended with status %s %s", status, msg.Header.Get("Description"))
+	}
+	if msg.Reply != "" {
+		return msg.Respond(nil)
+	}
+	if stalled := msg.Header.Get("Nats-Consumer-Stalled"); stalled != "" {
+		return v.cfg.Conn.Publish(stalled, nil)
+	}
+	if sent := msg.Header.Get("Nats-Last-Consumer"); sent != "" && sent != fmt.Sprint(last) {
+		return fmt.Errorf("%w: gap: last consumer sequence is %s, have %d", errUntrusted, sent, last)
+	}
+	return nil
+}
+
+// record is one message of a stream; a nil value is a deletion.
+type record struct {
+	key   string
+	rev   uint64
+	at    time.Time
+	value []byte
+}
+
+const barrierKeys = "_barrier."
+
+func (v *View) load(i int, t *table, r record) {
+	t.note(r)
+	if strings.HasPrefix(r.key, barrierKeys) {
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		v.sawHolder(i, r)
+		return
+	}
+	t.put(i, r)
+}
+
+// install makes a freshly loaded table the one that answers, and acknowledges
+// whatever it holds newer than the one before: those changes were applied in
+// bulk, and somebody may be waiting for them.
+func (v *View) install(i int, t *table) {
+	v.mu.Lock()
+	old := v.tables[i]
+	v.tables[i] = t
+	v.feeds[i] = feedState{live: true}
+	clear(v.access)
+	if v.allLive() && v.fault == "loading" {
+		v.fault = "no barrier yet"
+	}
+	changes := t.newerThan(i, old)
+	acks := v.holds.pendingFor(changes, t.created)
+	v.wake()
+	v.mu.Unlock()
+	for _, b := range t.broken {
+		v.log.Error("record cannot be decoded; its key is denied", "bucket", b.Bucket, "key", b.Key, "revision", b.Revision, "err", b.Err)
+	}
+	v.acknowledge(acks)
+	v.announce(changes)
+}
+
+// apply takes one live record into the table that answers.
+func (v *View) apply(i int, t *table, r record) error {
+	v.mu.Lock()
+	t.note(r)
+	if strings.HasPrefix(r.key, barrierKeys) {
+		err := v.sawBarrier(i, r)
+		v.wake()
+		v.mu.Unlock()
+		return err
+	}
+	t.put(i, r)
+	c := changeOf(i, r.key, r.rev)
+	v.invalidate(c)
+	acks := v.holds.pendingFor([]Change{c}, t.created)
+	broken, isBroken := t.broken[r.key]
+	v.wake()
+	v.mu.Unlock()
+	if isBroken {
+		v.log.Error("record cannot be decoded; its key is denied", "bucket", broken.Bucket, "key", broken.Key, "revision", broken.Revision, "err", broken.Err)
+	}
+	v.acknowledge(acks)
+	v.announce([]Change{c})
+	return nil
+}
+
+func (v *View) announce(changes []Change) {
+	if v.cfg.OnChange == nil {
+		return
+	}
+	for _, c := range changes {
+		v.cfg.OnChange(c)
+	}
+}
+
+// invalidate needs mu. A room touches everyone who was ever its member.
+func (v *View) invalidate(c Change) {
+	if c.Room == "" || c.User != (bus.UserKey{}) {
+		delete(v.access, c.User)
+		return
+	}
+	for u := range v.tables[membersIdx].byRoom[c.Room] {
+		delete(v.access, u)
+	}
+}
+
+func changeOf(i int, key string, rev uint64) Change {
+	c := Change{Bucket: viewBuckets[i], Key: key, Revision: rev}
+	switch i {
+	case usersIdx:
+		c.User, _ = bus.ParseUserKey(key)
+	case roomsIdx:
+		c.Room = bus.RoomID(key)
+	case membersIdx:
+		room, user, _ := strings.Cut(key, ".")
+		c.Room = bus.RoomID(room)
+		c.User, _ = bus.ParseUserKey(user)
+	}
+	return c
+}
+
+func (t *table) note(r record) {
+	t.lastSeq, t.lastTime = r.rev, r.at
+}
+
+// put decodes a record into the table. A record that cannot be decoded, or
+// that sits under a key other than the one it speaks of, removes what was
+// there and is kept as broken: it denies that key only.
+func (t *table) put(i int, r record) {
+	if !strings.Contains(r.key, ".") {
+		t.lastKey = r.rev // what the filter anyUser matches
+	}
+	delete(t.broken, r.key)
+	var err error
+	switch i {
+	case usersIdx:
+		err = t.putUser(r)
+	case roomsIdx:
+		err = t.putRoom(r)
+	case membersIdx:
+		err = t.putMember(r)
+	}
+	if err != nil {
+		t.broken[r.key] = Broken{Bucket: viewBuckets[i], Key: r.key, Revision: r.rev, Err: err}
+	}
+}
+
+var errMisfiled = errors.New("the record names another key than the one it is stored under")
+
+func (t *table) putUser(r record) error {
+	k, err := bus.ParseUserKey(r.key)
+	if err != nil || k.Hex() != r.key {
+		return errMisfiled
+	}
+	delete(t.users, k)
+	if r.value == nil {
+		return nil
+	}
+	var u bus.User
+	if err := json.Unmarshal(r.value, &u); err != nil {
+		return err
+	}
+	if u.Key != k {
+		return errMisfiled
+	}
+	if err := u.Validate(); err != nil {
+		return err
+	}
+	t.users[k] = userEntry{u, r.rev}
+	return nil
+}
+
+func (t *table) putRoom(r record) error {
+	id, err := bus.ParseRoomID(r.key)
+	if err != nil {
+		return errMisfiled
+	}
+	delete(t.rooms, id)
+	if r.value == nil {
+		return nil
+	}
+	var room bus.Room
+	if err := json.Unmarshal(r.value, &room); err != nil {
+		return err
+	}
+	if room.ID != id {
+		return errMisfiled
+	}
+	if err := room.Validate(); err != nil {
+		return err
+	}
+	t.rooms[id] = roomEntry{room, r.rev}
+	return nil
+}
+
+func (t *table) putMember(r record) error {
+	room, user, ok := strings.Cut(r.key, ".")
+	id, err1 := bus.ParseRoomID(room)
+	k, err2 := bus.ParseUserKey(user)
+	if !ok || err1 != nil || err2 != nil || k.Hex() != user {
+		return errMisfiled
+	}
+	delete(t.members[k], id)
+	delete(t.byRoom[id], k)
+	if r.value == nil {
+		return nil
+	}
+	var m bus.Membership
+	if err := json.Unmarshal(r.value, &m); err != nil {
+		return err
+	}
+	if m.Room != id || m.User != k {
+		return errMisfiled
+	}
+	if err := m.Validate(); err != nil {
+		return err
+	}
+	if t.members[k] == nil {
+		t.members[k] = map[bus.RoomID]memberEntry{}
+	}
+	t.members[k][id] = memberEntry{m, r.rev}
+	if t.byRoom[id] == nil {
+		t.byRoom[id] = map[bus.UserKey]struct{}{}
+	}
+	t.byRoom[id][k] = struct{}{}
+	return nil
+}
+
+// newerThan lists what t holds at a newer revision than old did: nothing on
+// the first load, since nobody waits for a boot that had no barrier yet.
+func (t *table) newerThan(i int, old *table) []Change {
+	if old.created.IsZero() {
+		return nil
+	}
+	var changes []Change
+	for k, e := range t.users {
+		if old.users[k].rev < e.rev {
+			changes = append(changes, changeOf(i, k.Hex(), e.rev))
+		}
+	}
+	for id, e := range t.rooms {
+		if old.rooms[id].rev < e.rev {
+			changes = append(changes, changeOf(i, string(id), e.rev))
+		}
+	}
+	for k, rooms := range t.members {
+		for id, e := range rooms {
+			if old.members[k][id].rev < e.rev {
+				changes = append(changes, changeOf(i, memberKey(id, k), e.rev))
+			}
+		}
+	}
+	for key, b := range t.broken {
+		changes = append(changes, changeOf(i, key, b.Revision))
+	}
+	return changes
+}
+
+func memberKey(id bus.RoomID, k bus.UserKey) string { return string(id) + "." + k.Hex() }
+
+// allLive needs mu.
+func (v *View) allLive() bool {
+	return v.feeds[0].live && v.feeds[1].live && v.feeds[2].live
+}

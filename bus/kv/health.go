@@ -1,0 +1,106 @@
+package kv
+
+import (
+	"context"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"unibus.internal/bus"
+)
+
+// StreamHealth is what a stream reports about its replicas. It is a report,
+// not evidence: a stream may name a leader and current followers and still
+// take no write. Evidence is the lease, and Probe.
+type StreamHealth struct {
+	Stream           string `json:"stream"`
+	Replicas         int    `json:"replicas"`
+	Leader           string `json:"leader"`
+	FollowersCurrent int    `json:"followers_current"`
+	Followers        int    `json:"followers"`
+	MaxLag           uint64 `json:"max_follower_lag"`
+	Messages         uint64 `json:"messages"`
+	Bytes            uint64 `json:"bytes"`
+	Err              error  `json:"-"`
+}
+
+// Health asks every stream of account CTRL for its state, all at once. It never
+// fails as a whole: an unreachable stream carries its error.
+func Health(ctx context.Context, nc *nats.Conn) []StreamHealth {
+	wants := Streams()
+	out := make([]StreamHealth, len(wants))
+	js, err := newJetStream(nc)
+	done := make(chan struct{}, len(wants))
+	for i, want := range wants {
+		go func() {
+			defer func() { done <- struct{}{} }()
+			out[i] = StreamHealth{Stream: want.Name, Err: err}
+			if err == nil {
+				out[i] = streamHealth(ctx, js, want)
+			}
+		}()
+	}
+	for range wants {
+		<-done
+	}
+	return out
+}
+
+func streamHealth(ctx context.Context, js jetstream.JetStream, want jetstream.StreamConfig) StreamHealth {
+	h := StreamHealth{Stream: want.Name}
+	s, err := js.Stream(ctx, want.Name)
+	if err != nil {
+		h.Err = bus.E(bus.Unavailable, "stream %s: %w", want.Name, err)
+		return h
+	}
+	info := s.CachedInfo()
+	h.Replicas, h.Messages, h.Bytes = info.Config.Replicas, info.State.Msgs, info.State.Bytes
+	h.Err = Verify(info.Config, want)
+	if info.Cluster == nil {
+		return h
+	}
+	h.Leader = info.Cluster.Leader
+	for _, r := range info.Cluster.Replicas {
+		h.Followers++
+		if r.Current && !r.Offline {
+			h.FollowersCurrent++
+		}
+		h.MaxLag = max(h.MaxLag, r.Lag)
+	}
+	return h
+}
+
+// probeKey is what Probe writes: shaped like a barrier, so that it is a record
+// in no bucket and no expectation on records ever sees it.
+const probeKey = barrierKeys + "probe.ops"
+
+// Probe writes one record to every stream of account CTRL and returns what
+// failed, by stream. A stream that reports a leader and current replicas may
+// still hang every write, so a rolling restart asks this before it goes on.
+// It needs the rights of ops.
+func Probe(ctx context.Context, nc *nats.Conn) map[string]error {
+	js, err := newJetStream(nc)
+	failed := map[string]error{}
+	for _, want := range Streams() {
+		subject := "$KV." + want.Name[len("KV_"):] + "." + probeKey
+		if want.Name == AuditStream {
+			subject = "unibus.audit." + probeKey
+		}
+		if err == nil {
+			m := nats.NewMsg(subject)
+			if want.AllowMsgTTL {
+				m.Header.Set("Nats-TTL", (10 * time.Second).String())
+			}
+			pctx, cancel := context.WithTimeout(ctx, writeTimeout)
+			_, perr := js.PublishMsg(pctx, m, jetstream.WithExpectStream(want.Name), jetstream.WithRetryAttempts(0))
+			cancel()
+			if perr != nil {
+				failed[want.Name] = perr
+			}
+			continue
+		}
+		failed[want.Name] = err
+	}
+	return failed
+}

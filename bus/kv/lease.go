@@ -1,0 +1,395 @@
+package kv
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"unibus.internal/bus/guard"
+)
+
+// recordsVersion is the newest record version this build understands, told to
+// writers so that a narrower one is never written past an older service.
+const recordsVersion = 1
+
+// barrierRecord is what a boot writes under _barrier.<instance>.<boot>.
+type barrierRecord struct {
+	V        int    `json:"v"`
+	Instance string `json:"instance"`
+	Service  string `json:"service"`
+	Node     string `json:"node"`
+	Boot     string `json:"boot"`
+	LeaseMS  int64  `json:"lease_ms"`
+	Released bool   `json:"released"`
+	Token    string `json:"token"`
+	RecordsV int    `json:"records_v"`
+}
+
+// holder is what the streams tell about one boot that decides on a View.
+type holder struct {
+	barrierRecord
+	seen [3]sighting // by streamIndex
+}
+
+type sighting struct {
+	first   uint64    // sequence of the first barrier seen
+	firstAt time.Time // its stream time
+	at      time.Time // stream time of the newest barrier
+}
+
+// barrierState is guarded by View.mu.
+type barrierState struct {
+	open   map[string]time.Time // token -> start, for barriers not yet seen everywhere
+	proven [3]time.Time         // start of the newest own barrier each feed has delivered
+	bySeq  [3]seqProof          // only for the negative control of own-barrier
+	demand chan struct{}
+	inbox  string // acknowledgements arrive at <inbox>.<stream index>.<token>
+}
+
+type seqProof struct {
+	seq   uint64
+	start time.Time
+}
+
+func (b *barrierState) init() {
+	b.open = map[string]time.Time{}
+	b.demand = make(chan struct{}, 1)
+}
+
+// Lease reports until when decisions may be made from this View, and whether
+// that moment is still ahead. Check it after the decision too: a process may
+// be paused between the two.
+func (v *View) Lease() (until time.Time, held bool) {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	return v.leaseLocked()
+}
+
+func (v *View) leaseLocked() (time.Time, bool) {
+	now := v.cfg.Now()
+	if guard.Off(guard.Lease) && v.allLive() {
+		return now.Add(v.cfg.Lease), true
+	}
+	start := v.provenLocked()
+	if start.IsZero() || v.cfg.Lease == 0 {
+		return time.Time{}, false
+	}
+	// The monotonic clock stands still while a machine is suspended, the wall
+	// clock can be stepped: both must agree that the lease has time left.
+	mono := now.Sub(start)
+	wall := now.Round(0).Sub(start.Round(0))
+	held := mono < v.cfg.Lease && wall < v.cfg.Lease && wall > -clockTolerance
+	return start.Add(v.cfg.Lease), held
+}
+
+// provenLocked is the moment up to which all three tables are proven current.
+func (v *View) provenLocked() time.Time {
+	start := v.barriers.proven[0]
+	for _, p := range v.barriers.proven[1:] {
+		if p.IsZero() || start.IsZero() {
+			return time.Time{}
+		}
+		if p.Before(start) {
+			start = p
+		}
+	}
+	return start
+}
+
+// Fault says why there is no lease, in words for people, or "".
+func (v *View) Fault() string {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	if _, held := v.leaseLocked(); held {
+		return ""
+	}
+	return v.fault
+}
+
+// Barrier returns once the View is proven to hold everything that was
+// committed before the call. Concurrent callers share barriers. The error is
+// bus.Unavailable: without a quorum there is no answer.
+func (v *View) Barrier(ctx context.Context) error {
+	asked := v.cfg.Now()
+	select {
+	case v.barriers.demand <- struct{}{}:
+	default:
+	}
+	return v.waitUntil(ctx, func() bool {
+		p := v.provenLocked()
+		return !p.IsZero() && !p.Before(asked)
+	})
+}
+
+// dropLocked ends the lease at once: something showed that past answers of a
+// feed cannot be trusted.
+func (v *View) dropLocked(why string) {
+	v.barriers.proven = [3]time.Time{}
+	v.barriers.bySeq = [3]seqProof{}
+	clear(v.barriers.open)
+	v.fault = why
+}
+
+// keepLease writes barriers, reports gained and lost leases, and on the way
+// out tells everyone not to wait for this boot.
+func (v *View) keepLease(ctx context.Context) {
+	v.barriers.inbox = v.cfg.Conn.NewInbox()
+	sub, err := v.cfg.Conn.Subscribe(v.barriers.inbox+".*.*", v.barrierAnswered)
+	if err != nil {
+		v.log.Error("cannot listen for answers to barriers", "err", err)
+	} else {
+		defer func() { _ = sub.Unsubscribe() }()
+	}
+	tick := time.NewTicker(100 * time.Millisecond)
+	defer tick.Stop()
+	var last time.Time
+	held := false
+	for {
+		due := false
+		select {
+		case <-ctx.Done():
+			v.release()
+			return
+		case <-v.barriers.demand:
+			select {
+			case <-ctx.Done():
+			case <-time.After(barrierSpacing - time.Since(last)):
+			}
+			due = true
+		case <-tick.C:
+			due = time.Since(last) >= renewEvery
+		}
+		v.mu.Lock()
+		live := v.allLive()
+		_, now := v.leaseLocked()
+		if held && !now {
+			v.wake()
+		}
+		v.mu.Unlock()
+		if now != held {
+			held = now
+			v.log.Info("lease", "held", held, "why", v.Fault())
+			if v.cfg.OnLease != nil {
+				v.cfg.OnLease(held)
+			}
+		}
+		if due && live {
+			last = time.Now()
+			v.writeBarrier()
+		}
+	}
+}
+
+func (v *View) writeBarrier() {
+	raw := make([]byte, 16)
+	if _, err := rand.Read(raw); err != nil {
+		v.setFault("randomness: " + err.Error())
+		return
+	}
+	token := hex.EncodeToString(raw)
+	start := v.cfg.Now()
+	v.mu.Lock()
+	for t, s := range v.barriers.open {
+		if start.Sub(s) > 3*DefaultLease {
+			delete(v.barriers.open, t)
+		}
+	}
+	v.barriers.open[token] = start
+	v.mu.Unlock()
+	if err := v.publishBarrier(token, false); err != nil {
+		v.setFault(fmt.Sprintf("not connected to NATS: %v", err))
+	}
+}
+
+func (v *View) publishBarrier(token string, released bool) error {
+	value, err := json.Marshal(barrierRecord{
+		V: 1, Instance: v.Instance(), Service: v.cfg.Service, Node: v.cfg.Node, Boot: v.boot,
+		LeaseMS: v.cfg.Lease.Milliseconds(), Released: released || v.cfg.Lease == 0, Token: token, RecordsV: recordsVersion,
+	})
+	if err != nil {
+		return err
+	}
+	for i, b := range viewBuckets {
+		m := nats.NewMsg(subjectOf(b, barrierKeys+v.Instance()+"."+v.boot))
+		m.Data = value
+		m.Reply = fmt.Sprintf("%s.%d.%s", v.barriers.inbox, i, token)
+		m.Header.Set("Nats-TTL", barrierTTL.String())
+		if err := v.cfg.Conn.PublishMsg(m); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// release tells every writer not to wait for this boot. It is called when no
+// decision of the service is in flight any more.
+func (v *View) release() {
+	v.mu.Lock()
+	v.dropLocked("stopping")
+	v.wake()
+	v.mu.Unlock()
+	if err := v.publishBarrier("released", true); err == nil {
+		_ = v.cfg.Conn.FlushTimeout(time.Second)
+	}
+}
+
+func (v *View) setFault(why string) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.fault = why
+}
+
+// barrierAnswered hears JetStream's answer to a barrier. It proves nothing; it
+// only says, when barriers fail, why.
+func (v *View) barrierAnswered(m *nats.Msg) {
+	var ack struct {
+		Seq   uint64 `json:"seq"`
+		Error *struct {
+			Description string `json:"description"`
+		} `json:"error"`
+	}
+	if m.Header.Get("Status") == "503" {
+		v.setFault("no answer from the streams: no leader")
+		return
+	}
+	if json.Unmarshal(m.Data, &ack) != nil {
+		return
+	}
+	if ack.Error != nil {
+		v.setFault("barrier refused: " + ack.Error.Description)
+		return
+	}
+	if !guard.Off(guard.OwnBarrier) {
+		return
+	}
+	tokens := strings.Split(m.Subject, ".")
+	i := int(tokens[len(tokens)-2][0] - '0')
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if start, ok := v.barriers.open[tokens[len(tokens)-1]]; ok {
+		v.barriers.bySeq[i] = seqProof{ack.Seq, start}
+		v.proveBySequence(i)
+		v.wake()
+	}
+}
+
+// proveBySequence is the unsound proof that the own-barrier control tries.
+func (v *View) proveBySequence(i int) {
+	p := v.barriers.bySeq[i]
+	if !p.start.IsZero() && v.tables[i].lastSeq >= p.seq && v.barriers.proven[i].Before(p.start) {
+		v.barriers.proven[i] = p.start
+	}
+}
+
+// sawHolder notes who decides on a View; it needs mu.
+func (v *View) sawHolder(i int, r record) *barrierRecord {
+	var b barrierRecord
+	if err := json.Unmarshal(r.value, &b); err != nil || r.key != barrierKeys+b.Instance+"."+b.Boot {
+		return nil
+	}
+	h := v.known[b.Boot]
+	if h == nil {
+		h = &holder{}
+		v.known[b.Boot] = h
+		v.forgetLongGone(r.at)
+	}
+	h.barrierRecord = b
+	s := &h.seen[i]
+	if s.first == 0 || r.rev < s.first {
+		s.first = r.rev
+	}
+	if s.firstAt.IsZero() || r.at.Before(s.firstAt) {
+		s.firstAt = r.at
+	}
+	s.at = r.at
+	return &b
+}
+
+// forgetLongGone keeps the table of holders as small as the set of boots whose
+// barrier records still exist.
+func (v *View) forgetLongGone(now time.Time) {
+	for boot, h := range v.known {
+		newest := h.seen[0].at
+		for _, s := range h.seen[1:] {
+			if s.at.After(newest) {
+				newest = s.at
+			}
+		}
+		if !newest.IsZero() && now.Sub(newest) > barrierTTL {
+			delete(v.known, boot)
+		}
+	}
+}
+
+// sawBarrier takes a barrier that the live feed delivered; it needs mu. An own
+// one proves this table current up to that barrier's start, provided stream
+// and process agree on the time.
+func (v *View) sawBarrier(i int, r record) error {
+	b := v.sawHolder(i, r)
+	if guard.Off(guard.OwnBarrier) {
+		v.proveBySequence(i)
+		return nil
+	}
+	if b == nil || b.Boot != v.boot {
+		return nil
+	}
+	start, ok := v.barriers.open[b.Token]
+	if !ok {
+		return nil
+	}
+	now := v.cfg.Now()
+	if r.at.Before(start.Add(-clockTolerance)) || r.at.After(now.Add(clockTolerance)) {
+		return fmt.Errorf("%w: clock: stream %s says %s, this machine %s", errUntrusted,
+			StreamName(viewBuckets[i]), r.at.Format(time.RFC3339Nano), now.UTC().Format(time.RFC3339Nano))
+	}
+	if v.barriers.proven[i].Before(start) {
+		v.barriers.proven[i] = start
+	}
+	if !v.provenLocked().Before(start) {
+		delete(v.barriers.open, b.Token)
+		v.fault = "no barrier within the lease"
+	}
+	return nil
+}
+
+// Holders lists the boots that hold a lease now, as far as the streams tell.
+func (v *View) Holders() []Holder {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	now := v.cfg.Now()
+	var out []Holder
+	for _, h := range v.known {
+		if h.Released {
+			continue
+		}
+		for _, s := range h.seen {
+			if !s.at.IsZero() && now.Sub(s.at) < h.lease()+clockTolerance {
+				out = append(out, h.public())
+				break
+			}
+		}
+	}
+	sortHolders(out)
+	return out
+}
+
+func (h *holder) lease() time.Duration { return time.Duration(h.LeaseMS) * time.Millisecond }
+
+func (h *holder) public() Holder {
+	return Holder{Instance: h.Instance, Boot: h.Boot, Service: h.Service, Node: h.Node, Lease: h.lease()}
+}
+
+// Holder is one boot of a service that decides from a View.
+type Holder struct {
+	Instance string
+	Boot     string
+	Service  string
+	Node     string
+	Lease    time.Duration
+}

@@ -1,0 +1,363 @@
+package kv
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"unibus.internal/bus"
+)
+
+// proofMargin is added to a silent holder's lease: an answer it prepared in its
+// last moment is refused by the server one second later at the latest, because
+// expiries are whole seconds.
+const proofMargin = time.Second
+
+// writeTimeout bounds one compare-and-set. A timeout is not a failure: the
+// write may have landed, and the error says so.
+const writeTimeout = 2 * time.Second
+
+// Store changes users, rooms and members. Every change is one compare-and-set
+// on the record that grants or denies access, made on the state a barrier has
+// just proven, and returns when no lease holder decides on the old state any
+// more. Where a change needs two writes, the first one denies (see each
+// method); Reconcile repairs what an interruption left.
+//
+// A Store is safe for concurrent use. Changes of one key are made one after
+// another, each only after the one before it is proven.
+type Store struct {
+	view   *View
+	js     jetstream.JetStream
+	log    *slog.Logger
+	now    func() time.Time
+	actor  string
+	onWait func(Holder, time.Duration)
+	by     time.Time
+
+	mu      sync.Mutex
+	waiters map[*waiter]struct{}
+	keys    map[string]chan struct{}
+}
+
+// StoreConfig configures a Store.
+type StoreConfig struct {
+	View   *View
+	Actor  string                      // who is recorded as having made a change: a user's nkey, or "direct"
+	OnWait func(Holder, time.Duration) // told for whom a change waits, and how long at most; may be nil
+	By     time.Time                   // if not zero, every write is decided or given up by then; proofs may take longer
+}
+
+// OpenStore prepares a Store on a running View.
+func OpenStore(cfg StoreConfig) (*Store, error) {
+	js, err := newJetStream(cfg.View.cfg.Conn)
+	if err != nil {
+		return nil, err
+	}
+	s := &Store{
+		view: cfg.View, js: js, log: cfg.View.log, now: cfg.View.cfg.Now, actor: cfg.Actor, onWait: cfg.OnWait, by: cfg.By,
+		waiters: map[*waiter]struct{}{}, keys: map[string]chan struct{}{},
+	}
+	if s.onWait == nil {
+		s.onWait = func(Holder, time.Duration) {}
+	}
+	if _, err := cfg.View.cfg.Conn.Subscribe(AckSubjects, s.heard); err != nil {
+		return nil, bus.E(bus.Unavailable, "cannot hear acknowledgements: %w", err)
+	}
+	return s, nil
+}
+
+// View returns the View that the Store decides on.
+func (s *Store) View() *View { return s.view }
+
+// Result says what a change did and how far it is proven.
+type Result struct {
+	Revision uint64        // of the record that grants or denies
+	Already  bool          // the state was already so; the record was written again to prove it again
+	Holders  int           // lease holders at the change
+	Expired  []Holder      // those that did not acknowledge: their lease was waited out
+	Elapsed  time.Duration // from the write to the proof
+}
+
+// Unproven is the error of a change that is committed but not proven: the
+// caller stopped waiting before every lease had run out. Repeating the change
+// proves it again.
+type Unproven struct {
+	Result
+	Waiting []Holder
+}
+
+func (e *Unproven) Error() string {
+	return fmt.Sprintf("committed at revision %d, not proven: still waiting for %s", e.Revision, e.Waiting[0].Instance)
+}
+
+// waiter collects the acknowledgements of one key.
+type waiter struct {
+	stream  string
+	key     string
+	created time.Time
+	acks    map[string]uint64 // boot -> newest revision acknowledged
+	moved   chan struct{}
+}
+
+func (s *Store) heard(m *nats.Msg) {
+	var a ackMessage
+	if json.Unmarshal(m.Data, &a) != nil || m.Subject != ackPrefix+a.Instance+"."+a.Boot {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for w := range s.waiters {
+		if w.stream == a.Stream && w.key == a.Key && w.created.Equal(a.Created) && a.Revision > w.acks[a.Boot] {
+			w.acks[a.Boot] = a.Revision
+			select {
+			case w.moved <- struct{}{}:
+			default:
+			}
+		}
+	}
+}
+
+// expectation is the condition of a compare-and-set.
+type expectation struct {
+	revision uint64 // of the key, 0 for "never written"
+	filter   string // if not empty, revision is that of the newest record under this subject filter
+}
+
+// change writes one record and waits until no lease holder decides on what was
+// there before. i is the stream index.
+func (s *Store) change(ctx context.Context, i int, key string, record any, want expectation) (Result, error) {
+	started := s.now()
+	w := &waiter{
+		stream: StreamName(viewBuckets[i]), key: key, created: s.view.streamCreated(i),
+		acks: map[string]uint64{}, moved: make(chan struct{}, 1),
+	}
+	s.mu.Lock()
+	s.waiters[w] = struct{}{}
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		delete(s.waiters, w)
+		s.mu.Unlock()
+	}()
+	rev, err := s.write(ctx, viewBuckets[i], key, record, want)
+	if err != nil {
+		return Result{}, err
+	}
+	committed := s.now()
+	res, err := s.prove(ctx, i, w, rev, committed)
+	res.Revision, res.Elapsed = rev, s.now().Sub(started)
+	var u *Unproven
+	if errors.As(err, &u) {
+		u.Result = res
+	}
+	return res, err
+}
+
+// prove waits for every holder of a lease to acknowledge the change at rev, or
+// for its lease, counted from the commit, to run out.
+func (s *Store) prove(ctx context.Context, i int, w *waiter, rev uint64, committed time.Time) (Result, error) {
+	if err := s.view.waitSeen(ctx, i, rev); err != nil {
+		return Result{}, &Unproven{Waiting: []Holder{{Instance: "our own View"}}}
+	}
+	holders, settled := s.view.holdersOf(i, rev)
+	res := Result{Holders: len(holders)}
+	told := map[string]bool{}
+	for {
+		silent, deadline := s.silent(w, rev, holders, committed)
+		now := s.now()
+		if len(silent) == 0 && !now.Before(settled) {
+			return res, nil
+		}
+		if settled.After(deadline) {
+			deadline = settled
+		}
+		if !now.Before(deadline) {
+			res.Expired = silent
+			return res, nil
+		}
+		patience := time.After(min(deadline.Sub(now), 250*time.Millisecond))
+		select {
+		case <-ctx.Done():
+			if len(silent) == 0 {
+				silent = []Holder{{Instance: "leases older than the stream"}}
+			}
+			return res, &Unproven{Waiting: silent}
+		case <-w.moved:
+			continue
+		case <-patience:
+		}
+		silent, _ = s.silent(w, rev, holders, committed)
+		for _, h := range silent {
+			if !told[h.Boot] {
+				told[h.Boot] = true
+				s.onWait(h, committed.Add(h.Lease+proofMargin).Sub(s.now()))
+			}
+		}
+	}
+}
+
+// silent lists the holders that neither acknowledged nor released their lease,
+// and the moment at which the last of their leases has run out.
+func (s *Store) silent(w *waiter, rev uint64, holders []Holder, committed time.Time) ([]Holder, time.Time) {
+	var out []Holder
+	deadline := committed
+	for _, h := range holders {
+		s.mu.Lock()
+		acked := w.acks[h.Boot] >= rev
+		s.mu.Unlock()
+		if acked || s.view.released(h.Boot) {
+			continue
+		}
+		out = append(out, h)
+		if d := committed.Add(h.Lease + proofMargin); d.After(deadline) {
+			deadline = d
+		}
+	}
+	return out, deadline
+}
+
+// write is one compare-and-set. Conflict means that the state moved on;
+// Unavailable that there is no quorum, or that the answer was lost and the
+// write may have landed.
+func (s *Store) write(ctx context.Context, bucket, key string, record any, want expectation) (uint64, error) {
+	value, err := json.Marshal(record)
+	if err != nil {
+		return 0, bus.E(bus.Internal, "encode %s: %w", key, err)
+	}
+	m := nats.NewMsg(subjectOf(bucket, key))
+	m.Data = value
+	opts := []jetstream.PublishOpt{jetstream.WithExpectStream(StreamName(bucket)), jetstream.WithRetryAttempts(0)}
+	if want.filter == "" {
+		opts = append(opts, jetstream.WithExpectLastSequencePerSubject(want.revision))
+	} else {
+		opts = append(opts, jetstream.WithExpectLastSequenceForSubject(want.revision, want.filter))
+	}
+	wctx, cancel := s.decide(ctx)
+	defer cancel()
+	ack, err := s.js.PublishMsg(wctx, m, opts...)
+	if err == nil {
+		return ack.Sequence, nil
+	}
+	var api *jetstream.APIError
+	if errors.As(err, &api) {
+		if api.ErrorCode == errWrongLastSeq || api.ErrorCode == errWrongLastSeqAny {
+			return 0, bus.E(bus.Conflict, "%s was changed by somebody else at the same moment", key)
+		}
+		return 0, bus.E(bus.Unavailable, "the cluster refused the write of %s: %w", key, err)
+	}
+	return 0, bus.E(bus.Unavailable, "no quorum: the write of %s was not confirmed and may or may not have landed: %w", key, err).
+		WithHint("repeat the command when unibusctl cluster status shows a quorum")
+}
+
+// exclusively serialises changes of one key within this process until the
+// change is proven: a second change before that would overtake the wait.
+func (s *Store) exclusively(ctx context.Context, key string) (func(), error) {
+	for {
+		s.mu.Lock()
+		busy, taken := s.keys[key]
+		if !taken {
+			done := make(chan struct{})
+			s.keys[key] = done
+			s.mu.Unlock()
+			return func() {
+				s.mu.Lock()
+				delete(s.keys, key)
+				s.mu.Unlock()
+				close(done)
+			}, nil
+		}
+		s.mu.Unlock()
+		select {
+		case <-busy:
+		case <-ctx.Done():
+			return nil, bus.E(bus.Unavailable, "another change of %s is still being proven", key)
+		}
+	}
+}
+
+// decide bounds the part of a change in which nothing is committed yet.
+func (s *Store) decide(ctx context.Context) (context.Context, context.CancelFunc) {
+	by := s.now().Add(writeTimeout)
+	if !s.by.IsZero() && s.by.Before(by) {
+		by = s.by
+	}
+	return context.WithDeadline(ctx, by)
+}
+
+// barrier proves the View current for a change, or gives up in time.
+func (s *Store) barrier(ctx context.Context) error {
+	bctx, cancel := s.decide(ctx)
+	defer cancel()
+	return s.view.Barrier(bctx)
+}
+
+// retried runs a change again on the newest state when somebody else won the
+// race for the record. attempt must read the View itself.
+func (s *Store) retried(ctx context.Context, key string, attempt func() (Result, error)) (Result, error) {
+	done, err := s.exclusively(ctx, key)
+	if err != nil {
+		return Result{}, err
+	}
+	defer done()
+	for try := 0; ; try++ {
+		if err := s.barrier(ctx); err != nil {
+			return Result{}, err
+		}
+		res, err := attempt()
+		if !errors.Is(err, errRaced) || try == 20 {
+			return res, err
+		}
+	}
+}
+
+// errRaced marks a lost compare-and-set that is worth another look.
+var errRaced = errors.New("lost a race")
+
+func raced(err error) error {
+	if bus.CodeOf(err) == bus.Conflict {
+		return fmt.Errorf("%w: %w", errRaced, err)
+	}
+	return err
+}
+
+// streamCreated is the identity of the stream behind a table.
+func (v *View) streamCreated(i int) time.Time {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	return v.tables[i].created
+}
+
+// waitSeen blocks until the View has applied sequence seq of a stream.
+func (v *View) waitSeen(ctx context.Context, i int, seq uint64) error {
+	return v.waitUntil(ctx, func() bool { return v.tables[i].lastSeq >= seq })
+}
+
+// holdersOf lists the boots that may still decide on the state before rev. A
+// stream younger than the longest lease cannot know all of them: until settled,
+// leases may exist that none of the three streams has ever seen.
+func (v *View) holdersOf(i int, rev uint64) (holders []Holder, settled time.Time) {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	t := v.tables[i]
+	oldest := t.created
+	for _, o := range v.tables {
+		if o.created.Before(oldest) {
+			oldest = o.created
+		}
+	}
+	return v.holdersAt(i, rev, t.lastTime), oldest.Add(DefaultLease + clockTolerance)
+}
+
+func (v *View) released(boot string) bool {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	h := v.known[boot]
+	return h != nil && h.Released
+}
