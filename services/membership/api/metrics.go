@@ -1,0 +1,63 @@
+package api
+
+import (
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// Collector exposes what Health measured. It does no I/O of its own.
+func (h *Health) Collector() prometheus.Collector { return collector{h} }
+
+type collector struct{ h *Health }
+
+var (
+	descReady    = prometheus.NewDesc("unibus_ready", "1 if this node may serve.", nil, nil)
+	descCheck    = prometheus.NewDesc("unibus_ready_check", "1 if this part of readiness holds.", []string{"check"}, nil)
+	descReplicas = prometheus.NewDesc("unibus_kv_replicas_configured", "Replicas a stream is configured with.", []string{"stream"}, nil)
+	descCurrent  = prometheus.NewDesc("unibus_kv_followers_current", "Followers of a stream that are current.", []string{"stream"}, nil)
+	descLag      = prometheus.NewDesc("unibus_kv_max_follower_lag", "Operations the slowest follower of a stream is behind.", []string{"stream"}, nil)
+	descMessages = prometheus.NewDesc("unibus_kv_messages", "Messages a stream holds, barriers and history included.", []string{"stream"}, nil)
+	descBroken   = prometheus.NewDesc("unibus_kv_broken_records", "Records that cannot be decoded; each denies its own key.", nil, nil)
+	descUsers    = prometheus.NewDesc("unibus_users", "Users by role and status.", []string{"role", "status"}, nil)
+	descCert     = prometheus.NewDesc("unibus_tls_certificate_not_after_timestamp_seconds", "When a certificate expires.", []string{"role"}, nil)
+	descLease    = prometheus.NewDesc("unibus_lease_remaining_seconds", "Time for which decisions may still be made.", nil, nil)
+)
+
+func (c collector) Describe(ch chan<- *prometheus.Desc) { prometheus.DescribeByCollect(c, ch) }
+
+func (c collector) Collect(ch chan<- prometheus.Metric) {
+	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+	}
+	ready, _ := c.h.Ready()
+	gauge(descReady, number(ready))
+	for _, k := range c.h.checks() {
+		gauge(descCheck, number(k.why == ""), k.name)
+	}
+	until, held := c.h.cfg.View.Lease()
+	gauge(descLease, max(0, until.Sub(c.h.cfg.Now()).Seconds())*number(held))
+	gauge(descBroken, float64(len(c.h.cfg.View.Broken())))
+	gauge(descCert, float64(c.h.cfg.Certs.NotAfter().Unix()), "api")
+	counts := map[[2]string]int{}
+	for _, u := range c.h.cfg.View.Users() {
+		counts[[2]string{string(u.Role), string(u.Status)}]++
+	}
+	for k, n := range counts {
+		gauge(descUsers, float64(n), k[0], k[1])
+	}
+	c.h.mu.Lock()
+	reports := c.h.reports
+	c.h.mu.Unlock()
+	for _, r := range reports {
+		gauge(descReplicas, float64(r.Replicas), r.Stream)
+		gauge(descCurrent, float64(r.FollowersCurrent), r.Stream)
+		gauge(descLag, float64(r.MaxLag), r.Stream)
+		gauge(descMessages, float64(r.Messages), r.Stream)
+	}
+}
+
+func number(ok bool) float64 {
+	if ok {
+		return 1
+	}
+	return 0
+}
