@@ -1,0 +1,92 @@
+package cluster
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"sync"
+	"syscall"
+	"testing"
+)
+
+// The programs of a cluster: name of the binary, directory of the module, package.
+var programs = []struct{ name, module, pkg string }{
+	{"nats-server", "test", "github.com/nats-io/nats-server/v2"}, // at the version in test/go.mod
+	{"unibusctl", "cli/unibusctl", "."},
+	{"unibus-membership", "services/membership", "."},
+	{"unibus-authcallout", "services/authcallout", "."},
+	{"unibus-local", "test", "./cmd/unibus-local"},
+}
+
+var (
+	buildPlain    = sync.OnceValues(func() (string, error) { return buildPrograms("") })
+	buildControls = sync.OnceValues(func() (string, error) { return buildPrograms("controls") })
+)
+
+// Binaries builds every program of the repository as it would be released,
+// once per test process, and returns the directory. With controls they are
+// built with that tag and obey the switches of bus/guard.
+func Binaries(t testing.TB, controls bool) string {
+	t.Helper()
+	build := buildPlain
+	if controls {
+		build = buildControls
+	}
+	dir, err := build()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// buildPrograms keeps the binaries in the user's cache, where go build finds
+// them up to date the next time. The lock lets two test runs share it.
+func buildPrograms(tags string) (string, error) {
+	_, self, _, _ := runtime.Caller(0)
+	root := filepath.Dir(filepath.Dir(filepath.Dir(self)))
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		cache = os.TempDir()
+	}
+	id := sha256.Sum256([]byte(root + "\x00" + tags))
+	dir := filepath.Join(cache, "unibus-test", hex.EncodeToString(id[:8]))
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return "", err
+	}
+	unlock, err := lockFile(filepath.Join(dir, ".lock"))
+	if err != nil {
+		return "", err
+	}
+	defer unlock()
+	for _, p := range programs {
+		if _, err := os.Stat(filepath.Join(root, p.module, "main.go")); err != nil && p.pkg == "." {
+			continue
+		}
+		cmd := exec.CommandContext(context.Background(), "go", "build", "-trimpath", "-tags", tags, "-o", filepath.Join(dir, p.name), p.pkg)
+		cmd.Dir = filepath.Join(root, p.module)
+		cmd.Env = append(os.Environ(), "GOWORK=off", "CGO_ENABLED=0")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return "", fmt.Errorf("build %s: %w\n%s", p.name, err, bytes.TrimSpace(out))
+		}
+	}
+	return dir, nil
+}
+
+// lockFile waits for an exclusive lock, held until unlock or the end of the process.
+func lockFile(path string) (unlock func(), err error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX); err != nil {
+		_ = f.Close()
+		return nil, fmt.Errorf("lock %s: %w", path, err)
+	}
+	return func() { _ = f.Close() }, nil
+}
