@@ -47,6 +47,20 @@ func Health(ctx context.Context, nc *nats.Conn) []StreamHealth {
 	return out
 }
 
+// HealthOf asks one bucket's stream.
+func HealthOf(ctx context.Context, nc *nats.Conn, bucket string) StreamHealth {
+	js, err := newJetStream(nc)
+	if err != nil {
+		return StreamHealth{Stream: StreamName(bucket), Err: err}
+	}
+	for _, want := range Streams() {
+		if want.Name == StreamName(bucket) {
+			return streamHealth(ctx, js, want)
+		}
+	}
+	return StreamHealth{Stream: StreamName(bucket), Err: bus.E(bus.Internal, "no bucket %s", bucket)}
+}
+
 func streamHealth(ctx context.Context, js jetstream.JetStream, want jetstream.StreamConfig) StreamHealth {
 	h := StreamHealth{Stream: want.Name}
 	s, err := js.Stream(ctx, want.Name)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -81,8 +82,24 @@ type Result struct {
 	Revision uint64        // of the record that grants or denies
 	Already  bool          // the state was already so; the record was written again to prove it again
 	Holders  int           // lease holders at the change
+	acked    []Holder      // those of them that acknowledged or gave up their lease
 	Expired  []Holder      // those that did not acknowledge: their lease was waited out
 	Elapsed  time.Duration // from the write to the proof
+}
+
+// Acknowledged counts, for one service, those that answered of those that held
+// a lease at the change, as "3/3".
+func (r Result) Acknowledged(service string) string {
+	count := func(hs []Holder) (n int) {
+		for _, h := range hs {
+			if h.Service == service {
+				n++
+			}
+		}
+		return n
+	}
+	acked := count(r.acked)
+	return fmt.Sprintf("%d/%d", acked, acked+count(r.Expired))
 }
 
 // Unproven is the error of a change that is committed but not proven: the
@@ -173,6 +190,7 @@ func (s *Store) prove(ctx context.Context, i int, w *waiter, rev uint64, committ
 		silent, deadline := s.silent(w, rev, holders, committed)
 		now := s.now()
 		if len(silent) == 0 && !now.Before(settled) {
+			res.acked = holders
 			return res, nil
 		}
 		if settled.After(deadline) {
@@ -180,6 +198,7 @@ func (s *Store) prove(ctx context.Context, i int, w *waiter, rev uint64, committ
 		}
 		if !now.Before(deadline) {
 			res.Expired = silent
+			res.acked = slices.DeleteFunc(holders, func(h Holder) bool { return slices.Contains(silent, h) })
 			return res, nil
 		}
 		patience := time.After(min(deadline.Sub(now), 250*time.Millisecond))
