@@ -1,0 +1,300 @@
+package kv
+
+import (
+	"encoding/json"
+	"errors"
+	"log/slog"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nkeys"
+
+	"unibus.internal/bus"
+)
+
+// clock is a wall clock that a test moves.
+type clock struct{ t time.Time }
+
+func (c *clock) now() time.Time { return c.t }
+
+func newTestView(t *testing.T) (*View, *clock) {
+	t.Helper()
+	c := &clock{time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)}
+	v := &View{
+		cfg:  ViewConfig{Service: "authcallout", Node: "n1", Lease: DefaultLease, Now: c.now},
+		boot: "b00t", log: slog.New(slog.DiscardHandler), access: map[bus.UserKey]*Access{},
+		woken: make(chan struct{}), known: map[string]*holder{},
+	}
+	for i := range v.tables {
+		v.tables[i] = newTable(c.t.Add(-time.Hour))
+		v.feeds[i].live = true
+	}
+	v.barriers.init()
+	v.holds.init()
+	return v, c
+}
+
+func newKey(t *testing.T) bus.UserKey {
+	t.Helper()
+	kp, err := nkeys.CreateUser()
+	if err != nil {
+		t.Fatal(err)
+	}
+	pub, err := kp.PublicKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	k, err := bus.ParseUserKey(pub)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
+func encode(t *testing.T, v any) []byte {
+	t.Helper()
+	b, err := json.Marshal(v)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func goodUser(k bus.UserKey, h bus.Handle) bus.User {
+	return bus.User{V: 1, Key: k, Handle: h, Role: bus.Member, Status: bus.Active}
+}
+
+// put applies a record as the live feed does, without acknowledging it.
+func put(t *testing.T, v *View, i int, rev uint64, key string, value []byte) []*pendingAck {
+	t.Helper()
+	r := record{key: key, rev: rev, at: v.cfg.Now(), value: value}
+	v.tables[i].note(r)
+	v.tables[i].put(i, r)
+	c := changeOf(i, key, rev)
+	v.invalidate(c)
+	return v.holds.pendingFor([]Change{c}, v.tables[i].created)
+}
+
+// A record that cannot be understood must deny its own key and no other.
+func TestBrokenRecordDeniesItsOwnKeyOnly(t *testing.T) {
+	alice, bob := newKey(t), newKey(t)
+	for name, value := range map[string]string{
+		"not JSON":         `{`,
+		"unknown version":  strings.Replace(string(encode(t, goodUser(alice, "alice"))), `"v":1`, `"v":2`, 1),
+		"unknown role":     strings.Replace(string(encode(t, goodUser(alice, "alice"))), `"member"`, `"root"`, 1),
+		"unknown status":   strings.Replace(string(encode(t, goodUser(alice, "alice"))), `"active"`, `"Active"`, 1),
+		"another's record": string(encode(t, goodUser(bob, "alice"))),
+		"a low-order key":  strings.Replace(string(encode(t, goodUser(alice, "alice"))), alice.Hex(), "01"+strings.Repeat("00", 31), 1),
+		"bad handle":       strings.Replace(string(encode(t, goodUser(alice, "alice"))), `"alice"`, `"al.ice"`, 1),
+		"not an object":    `[]`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			v, _ := newTestView(t)
+			put(t, v, usersIdx, 1, alice.Hex(), encode(t, goodUser(alice, "alice")))
+			put(t, v, usersIdx, 2, bob.Hex(), encode(t, goodUser(bob, "bob")))
+			put(t, v, usersIdx, 3, alice.Hex(), []byte(value))
+			if a, err := v.Access(alice); err == nil {
+				t.Errorf("access of alice = %+v, want an error", a)
+			}
+			if a, err := v.Access(bob); err != nil || a == nil {
+				t.Errorf("access of bob = %v, %v; want his own", a, err)
+			}
+			if b := v.Broken(); len(b) != 1 || b[0].Key != alice.Hex() || b[0].Revision != 3 {
+				t.Errorf("broken = %+v", b)
+			}
+			put(t, v, usersIdx, 4, alice.Hex(), encode(t, goodUser(alice, "alice")))
+			if a, err := v.Access(alice); err != nil || a == nil || len(v.Broken()) != 0 {
+				t.Errorf("a repaired record stays denied: %v, %v", a, err)
+			}
+		})
+	}
+}
+
+// Access must be made of active rooms, present memberships and known roles.
+func TestAccessIsTheMembersTruth(t *testing.T) {
+	alice := newKey(t)
+	member := func(room bus.RoomID, role bus.RoomRole, s bus.MembershipStatus) []byte {
+		return encode(t, bus.Membership{V: 1, Room: room, User: alice, Role: role, Status: s})
+	}
+	room := func(id bus.RoomID, s bus.RoomStatus) []byte {
+		return encode(t, bus.Room{V: 1, ID: id, Status: s, Creator: alice})
+	}
+	v, _ := newTestView(t)
+	put(t, v, usersIdx, 1, alice.Hex(), encode(t, goodUser(alice, "alice")))
+	put(t, v, roomsIdx, 1, "ops", room("ops", bus.RoomActive))
+	put(t, v, roomsIdx, 2, "old", room("old", bus.RoomArchived))
+	put(t, v, roomsIdx, 3, "left", room("left", bus.RoomActive))
+	put(t, v, membersIdx, 1, memberKey("ops", alice), member("ops", bus.Writer, bus.Present))
+	put(t, v, membersIdx, 2, memberKey("old", alice), member("old", bus.Owner, bus.Present))
+	put(t, v, membersIdx, 3, memberKey("left", alice), member("left", bus.Owner, bus.Removed))
+	put(t, v, membersIdx, 4, memberKey("norecord", alice), member("norecord", bus.Owner, bus.Present))
+	a, err := v.Access(alice)
+	if err != nil || len(a.Rooms) != 1 || a.Rooms[0] != (Grant{Room: "ops", Role: bus.Writer}) {
+		t.Fatalf("access = %+v, %v; want ops only", a, err)
+	}
+	again, _ := v.Access(alice)
+	if again != a {
+		t.Error("unchanged access is not the same value")
+	}
+	put(t, v, roomsIdx, 4, "ops", room("ops", bus.RoomArchived))
+	if a, _ := v.Access(alice); len(a.Rooms) != 0 {
+		t.Errorf("an archived room still grants: %+v", a.Rooms)
+	}
+	put(t, v, roomsIdx, 5, "ops", room("ops", bus.RoomActive))
+	put(t, v, membersIdx, 5, memberKey("ops", alice), []byte(`{"v":1,"room":"ops"}`))
+	if a, _ := v.Access(alice); len(a.Rooms) != 0 {
+		t.Errorf("an unreadable membership still grants: %+v", a.Rooms)
+	}
+}
+
+func barrierFor(t *testing.T, v *View, boot, token string, released bool) []byte {
+	t.Helper()
+	return encode(t, barrierRecord{
+		V: 1, Instance: v.Instance(), Service: "authcallout", Node: "n1", Boot: boot,
+		LeaseMS: v.cfg.Lease.Milliseconds(), Token: token, Released: released,
+	})
+}
+
+func deliver(t *testing.T, v *View, i int, rev uint64, at time.Time, boot, token string) error {
+	t.Helper()
+	return v.sawBarrier(i, record{key: barrierKeys + v.Instance() + "." + boot, rev: rev, at: at, value: barrierFor(t, v, boot, token, false)})
+}
+
+// Only one's own record, in all three streams, proves a View current; the
+// lease counts from the start of that barrier.
+func TestLeaseNeedsOwnRecordInEveryStream(t *testing.T) {
+	v, c := newTestView(t)
+	start := c.t
+	v.barriers.open["mine"] = start
+	c.t = c.t.Add(time.Second)
+	held := func() bool { _, ok := v.Lease(); return ok }
+	for i := range v.tables {
+		if held() {
+			t.Fatalf("a lease after %d of 3 streams", i)
+		}
+		if err := errors.Join(deliver(t, v, i, 1, c.t, v.boot, "foreign"), deliver(t, v, i, 2, c.t, "other", "mine")); err != nil || held() {
+			t.Fatalf("stream %d: a foreign record proves something (%v)", i, err)
+		}
+		if err := deliver(t, v, i, 3, c.t, v.boot, "mine"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	until, ok := v.Lease()
+	if !ok || !until.Equal(start.Add(DefaultLease)) {
+		t.Fatalf("lease until %v, %v; want ten seconds from the barrier's start", until, ok)
+	}
+	c.t = start.Add(DefaultLease)
+	if held() {
+		t.Error("a lease at its end")
+	}
+	c.t = start.Add(-3 * time.Second)
+	if held() {
+		t.Error("a lease after the wall clock was set back")
+	}
+}
+
+// A stream whose clock differs by more than two seconds proves nothing.
+func TestBarrierRefusesForeignClock(t *testing.T) {
+	for _, off := range []time.Duration{-3 * time.Second, 3 * time.Second, -10 * time.Minute, 10 * time.Minute} {
+		v, c := newTestView(t)
+		v.barriers.open["mine"] = c.t
+		if err := deliver(t, v, usersIdx, 1, c.t.Add(off), v.boot, "mine"); !errors.Is(err, errUntrusted) {
+			t.Errorf("clock off by %s: %v, want the feed to be given up", off, err)
+		}
+		if !v.barriers.proven[usersIdx].IsZero() {
+			t.Errorf("clock off by %s proves", off)
+		}
+	}
+}
+
+// Dropping the View ends the lease at once, also for barriers under way.
+func TestDropForgetsBarriersUnderWay(t *testing.T) {
+	v, c := newTestView(t)
+	v.barriers.open["old"] = c.t
+	v.dropLocked("a gap")
+	for i := range v.tables {
+		if err := deliver(t, v, i, 1, c.t, v.boot, "old"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, ok := v.Lease(); ok {
+		t.Error("a barrier from before the drop gave a lease")
+	}
+}
+
+// An acknowledgement waits for every decision about that user that was in
+// flight when the change was applied, and for no later one.
+func TestAcknowledgementWaitsForDecisionsInFlight(t *testing.T) {
+	v, _ := newTestView(t)
+	v.cfg.Lease = 0 // nothing is sent; the wait is what is tested
+	alice, bob := newKey(t), newKey(t)
+	before, other := v.Hold(alice), v.Hold(bob)
+	if ready := put(t, v, usersIdx, 1, alice.Hex(), encode(t, goodUser(alice, "alice"))); len(ready) != 0 {
+		t.Fatal("acknowledged while a decision about alice was in flight")
+	}
+	pending := before.waiting[0]
+	after := v.Hold(alice)
+	if pending.left != 1 || len(after.waiting) != 0 || len(other.waiting) != 0 {
+		t.Fatalf("waits for %d holds; a later one or another user's counts", pending.left)
+	}
+	before.Release()
+	before.Release()
+	if pending.left != 0 {
+		t.Errorf("still waiting for %d after the release", pending.left)
+	}
+	if ready := put(t, v, roomsIdx, 1, "ops", nil); len(ready) != 0 {
+		t.Error("a room's change did not wait for the users in flight")
+	}
+	after.Release()
+	other.Release()
+	if ready := put(t, v, usersIdx, 2, alice.Hex(), nil); len(ready) != 1 {
+		t.Error("not acknowledged at rest")
+	}
+}
+
+// A writer waits for every boot that may still decide on the old state.
+func TestHoldersAtAChange(t *testing.T) {
+	see := func(v *View, i int, rev uint64, at time.Time, boot string, released bool) {
+		v.sawHolder(i, record{key: barrierKeys + v.Instance() + "." + boot, rev: rev, at: at, value: barrierFor(t, v, boot, "t", released)})
+	}
+	v, c := newTestView(t)
+	at := c.t
+	for i := range v.tables {
+		see(v, i, 10, at.Add(-time.Second), "alive", false)
+		see(v, i, 11, at.Add(-11*time.Second), "silent-but-leased", false)
+		see(v, i, 12, at.Add(-13*time.Second), "long-gone", false)
+		see(v, i, 13, at.Add(-time.Second), "stopped", true)
+		see(v, i, 200, at.Add(time.Second), "started-after", false)
+	}
+	see(v, membersIdx, 10, at.Add(-time.Second), "only-in-another-stream", false)
+	see(v, roomsIdx, 10, at.Add(-time.Second), "before-the-stream-was-made-again", false)
+	see(v, usersIdx, 300, at.Add(time.Second), "before-the-stream-was-made-again", false)
+	var got []string
+	for _, h := range v.holdersAt(usersIdx, 100, at) {
+		got = append(got, h.Boot)
+	}
+	want := "alive before-the-stream-was-made-again only-in-another-stream silent-but-leased"
+	if strings.Join(got, " ") != want {
+		t.Errorf("holders = %v\nwant      %s", got, want)
+	}
+}
+
+// After a reload, whatever is newer than before is acknowledged, and nothing
+// on the first load.
+func TestReloadAcknowledgesWhatIsNewer(t *testing.T) {
+	alice, bob := newKey(t), newKey(t)
+	load := func(revA, revB uint64) *table {
+		tb := newTable(time.Unix(1, 0))
+		tb.put(usersIdx, record{key: alice.Hex(), rev: revA, value: encode(t, goodUser(alice, "alice"))})
+		tb.put(usersIdx, record{key: bob.Hex(), rev: revB, value: encode(t, goodUser(bob, "bob"))})
+		return tb
+	}
+	if first := load(1, 2).newerThan(usersIdx, newTable(time.Time{})); len(first) != 0 {
+		t.Errorf("first load acknowledges %v", first)
+	}
+	got := load(1, 7).newerThan(usersIdx, load(1, 2))
+	if len(got) != 1 || got[0].User != bob || got[0].Revision != 7 {
+		t.Errorf("reload acknowledges %+v, want bob at 7", got)
+	}
+}
