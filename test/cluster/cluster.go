@@ -65,11 +65,7 @@ func Start(t testing.TB, o Options) *Cluster {
 	if o.Nodes == 0 {
 		o.Nodes = 3
 	}
-	base, release, err := reservePorts()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(release)
+	base := ReservePorts(t)
 	c := &Cluster{
 		Layout:   &Layout{Dir: t.TempDir(), Bin: Binaries(t, o.Controls), Env: o.environment()},
 		t:        t,

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"syscall"
+	"testing"
 )
 
 // Ports are the six listeners of one node, all on 127.0.0.1.
@@ -50,6 +51,17 @@ const (
 	// could otherwise take a port while its server is down in a test.
 	firstBlock, lastBlock = 20000, 32000
 )
+
+// ReservePorts gives a test a block of free ports for BlockPorts, until it ends.
+func ReservePorts(t testing.TB) (base int) {
+	t.Helper()
+	base, release, err := reservePorts()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(release)
+	return base
+}
 
 // reservePorts finds a block of free ports and holds it until release is
 // called. A lock file per block keeps two test runs apart, also while a
