@@ -262,7 +262,7 @@ func farEnd(ctx context.Context, address string) (*x509.Certificate, leafRole, e
 	if err != nil {
 		return nil, "", fmt.Errorf("no connection: %w", err)
 	}
-	defer conn.Close()
+	defer func() { _ = conn.Close() }()
 	greeted := &greetedConn{Conn: conn, in: bufio.NewReaderSize(conn, 64<<10)}
 	session := tls.Client(greeted, &tls.Config{
 		ServerName: host,

@@ -677,7 +677,7 @@ func tlsPort(t *testing.T, host string, dir leafDir, role leafRole, greeting str
 			_ = conn.Close()
 		}
 	}()
-	t.Cleanup(func() { listener.Close(); <-done })
+	t.Cleanup(func() { _ = listener.Close(); <-done })
 	return listener.Addr().String()
 }
 
@@ -716,7 +716,7 @@ func TestPKIStatusOfLivePorts(t *testing.T) {
 func TestPKIStatusOfOtherPorts(t *testing.T) {
 	l := issuedPKILab(t)
 	plain := must(net.Listen("tcp", "127.0.0.1:0"))(t)
-	t.Cleanup(func() { plain.Close() })
+	t.Cleanup(func() { _ = plain.Close() })
 	go func() {
 		for {
 			conn, err := plain.Accept()
@@ -732,12 +732,12 @@ func TestPKIStatusOfOtherPorts(t *testing.T) {
 		t.Error(out)
 	}
 	closed := must(net.Listen("tcp", "127.0.0.1:0"))(t)
-	closed.Close()
+	_ = closed.Close()
 	if out := l.must(3, "status", "--connect", closed.Addr().String()); !strings.Contains(out, "no connection") {
 		t.Error(out)
 	}
 	silent := must(net.Listen("tcp", "127.0.0.1:0"))(t)
-	t.Cleanup(func() { silent.Close() })
+	t.Cleanup(func() { _ = silent.Close() })
 	if out := l.must(3, "status", "--timeout", "50ms", "--connect", silent.Addr().String()); !strings.Contains(out, "no TLS handshake") {
 		t.Error(out)
 	}
@@ -767,12 +767,12 @@ func TestPKIStatusNamesAnOldCertificate(t *testing.T) {
 func TestPKIStatusInterrupted(t *testing.T) {
 	l := issuedPKILab(t)
 	silent := must(net.Listen("tcp", "127.0.0.1:0"))(t)
-	t.Cleanup(func() { silent.Close() })
+	t.Cleanup(func() { _ = silent.Close() })
 	ctx, cancel := context.WithCancel(t.Context())
 	go func() {
 		if conn, err := silent.Accept(); err == nil {
 			cancel()
-			conn.Close()
+			_ = conn.Close()
 		}
 	}()
 	a := &app{
