@@ -62,6 +62,7 @@ func (a *app) configCommand() *cli.Command {
 					})
 				},
 			},
+			a.configCheckCommand(),
 		},
 	}
 }
