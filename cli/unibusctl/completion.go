@@ -22,10 +22,10 @@ const completionFlag = "--generate-bash-completion"
 // completionRequest returns the words of a request, the partial one last.
 func completionRequest(argv []string) ([]string, bool) {
 	last := len(argv) - 1
-	if last < 1 || argv[last] != completionFlag {
+	if last < 0 || argv[last] != completionFlag {
 		return nil, false
 	}
-	words := argv[1:last]
+	words := argv[:last]
 	if len(words) == 0 {
 		words = []string{""}
 	}
@@ -93,7 +93,7 @@ func (a *app) completionCommand() *cli.Command {
 		Category:  "tools",
 		Usage:     "print a completion script for a shell",
 		ArgsUsage: "bash|zsh|fish",
-		Description: "Install it once:\n\n" +
+		Description: "Example, to install it once:\n\n" +
 			"   unibusctl completion bash > /usr/share/bash-completion/completions/unibusctl\n" +
 			"   unibusctl completion zsh  > /usr/share/zsh/vendor-completions/_unibusctl\n" +
 			"   unibusctl completion fish > /usr/share/fish/vendor_completions.d/unibusctl.fish",

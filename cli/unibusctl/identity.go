@@ -24,7 +24,7 @@ func (a *app) identityCommand() *cli.Command {
 				Usage: "make an identity; the seed goes to the file and nowhere else",
 				Description: "The file is created with mode 0600 and never replaced without --force:\n" +
 					"a lost seed cannot be got back.\n\n" +
-					"   unibusctl identity new --out alice.nk",
+					"Example:\n  unibusctl identity new --out alice.nk",
 				Flags: []cli.Flag{
 					&cli.StringFlag{Name: "out", Required: true, TakesFile: true, Usage: "seed file to write"},
 					&cli.BoolFlag{Name: "force", Usage: "replace existing files"},
@@ -35,16 +35,26 @@ func (a *app) identityCommand() *cli.Command {
 				Name:        "show",
 				Usage:       "print the public key of a seed file, in both spellings",
 				ArgsUsage:   "FILE",
-				Description: "The seed itself is never printed.\n\n   unibusctl identity show alice.nk",
-				Action:      func(c *cli.Context) error { return a.identityShow(c.Args().First()) },
+				Description: "The seed itself is never printed.\n\nExample:\n  unibusctl identity show alice.nk",
+				Action: func(c *cli.Context) error {
+					arg, err := positional(c, "FILE")
+					if err != nil {
+						return err
+					}
+					return a.identityShow(arg[0])
+				},
 			},
 			{
 				Name:        "convert",
 				Usage:       "print a public key in both spellings",
 				ArgsUsage:   "KEY",
-				Description: "KEY is 64 hex digits or U...\n\n   unibusctl identity convert UA...",
+				Description: "KEY is 64 hex digits or U...\n\nExample:\n  unibusctl identity convert UA...",
 				Action: func(c *cli.Context) error {
-					key, err := bus.ParseUserKey(c.Args().First())
+					arg, err := positional(c, "KEY")
+					if err != nil {
+						return err
+					}
+					key, err := bus.ParseUserKey(arg[0])
 					if err != nil {
 						return err
 					}
@@ -67,6 +77,9 @@ func (a *app) identityNew(path string, force bool) error {
 	key, err := userKeyOf(pair)
 	if err != nil {
 		return err
+	}
+	if path == "" {
+		return usagef("--out names no file")
 	}
 	if err := writeFile(path, append(seed, '\n'), 0o600, force); err != nil {
 		return err

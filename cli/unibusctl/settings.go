@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"regexp"
 	"strconv"
 	"time"
 
@@ -94,6 +95,12 @@ func globals() []global {
 	}
 }
 
+// withoutUserinfo hides what NATS URLs may carry in front of the host: a
+// password, or a token alone. Origins are printed; the setting itself keeps it.
+func withoutUserinfo(urls string) string { return userinfo.ReplaceAllString(urls, "//xxxxx@") }
+
+var userinfo = regexp.MustCompile(`//[^/,]*@`)
+
 func oneOf(v string, choices ...string) error {
 	for _, c := range choices {
 		if v == c {
@@ -165,6 +172,7 @@ func resolveSettings(c *cli.Context, getenv func(string) string) (settings, erro
 				return settings{}, usagef("%s: %v", o.From, err)
 			}
 		}
+		o.Value = withoutUserinfo(o.Value)
 		s.origins = append(s.origins, o)
 	}
 	return s, nil
