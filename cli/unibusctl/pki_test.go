@@ -328,6 +328,34 @@ func TestPKIVerify(t *testing.T) {
 			2, "PKI/client-ca.crt: is not a client CA of unibus",
 		},
 		{
+			"an authority that is none",
+			func(l *pkiLab) {
+				plain := selfSigned(l, clientCA, l.ca(clientCA), func(c *x509.Certificate) { c.IsCA, c.MaxPathLenZero = false, false })
+				l.plant(plain, l.dir.caCert(clientCA), l.dir.caKey(clientCA))
+			},
+			2, "PKI/client-ca.crt: cannot sign certificates",
+		},
+		{
+			"an authority with a changed byte",
+			func(l *pkiLab) {
+				raw := slices.Clone(l.ca(clusterCA).cert.Raw)
+				raw[len(raw)-1] ^= 1
+				l.write(l.dir.caCert(clusterCA), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: raw}), 0o644)
+			},
+			2, "PKI/cluster-ca.crt: is damaged",
+		},
+		{
+			"a leaf that is an authority",
+			func(l *pkiLab) {
+				file, key := l.dir.node("n1").cert(routeLeaf), l.dir.node("n1").key(routeLeaf)
+				template := *l.cert(file)
+				template.IsCA = true
+				signer := must(readKey(key))(l.t)
+				l.plant(must(l.minter().sign(&template, signer, l.ca(clusterCA)))(l.t), file, key)
+			},
+			2, "PKI/n1/route.crt: is itself an authority",
+		},
+		{
 			"a leaf under the CA's name",
 			func(l *pkiLab) { l.copy(l.dir.node("n1").cert(serverLeaf), l.dir.caCert(clientCA)) },
 			2, "PKI/client-ca.crt: is not a client CA of unibus",
