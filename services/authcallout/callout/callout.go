@@ -1,0 +1,356 @@
+// Package callout decides who may connect, and as what.
+//
+// A stock nats-server asks for each connection: it sends, sealed to our curve
+// key and signed by its own, what the client said. The answer is five steps
+// under one deadline of 1.5 seconds:
+//
+//	open    the request is from a genuine, current nats-server (decode.go)
+//	prove   the client holds the private half of the key it names (decode.go)
+//	lookup  what a View under a lease says about that user
+//	decide  a pure function of the two (decide.go)
+//	mint    a decision becomes a signed JWT (mint.go)
+//
+// A denial is answered at once, with a constant text: the reason goes to log
+// and metrics only. What cannot be known - no lease, no barrier, an answer that
+// would come late - is met with silence, because two refusals from one server
+// close a default client for good, and the server refuses by itself when its
+// time is up. An instance without a lease leaves the queue group, so that the
+// others answer for its node.
+//
+// Between reading the View and the end of all effect of an answer, a hold
+// keeps back the acknowledgement of every change of that user: a writer's
+// revoke returns only when no JWT minted before it can open a connection.
+package callout
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"runtime"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"unibus.internal/bus"
+	"unibus.internal/bus/guard"
+	"unibus.internal/bus/kv"
+)
+
+const (
+	// Subject is where servers ask (nats-server auth_callout.go).
+	Subject = "$SYS.REQ.USER.AUTH"
+	// Queue makes the instances share the work; a server prefers its own node's.
+	Queue = "unibus-authcallout"
+	// Deadline is for everything from receipt to reply. A server gives a
+	// client up after 2.0 to 2.4 s whatever its configuration says.
+	Deadline = 1500 * time.Millisecond
+	// answerLife is how long a server may act on an answer.
+	answerLife = 2 * time.Second
+	// effectMargin covers whole seconds and clocks that differ: after
+	// answerLife and this, no server acts on the answer any more.
+	effectMargin = 3 * time.Second
+	queueLength  = 1024
+)
+
+// Source is what decisions are made from. *kv.View is the one there is.
+type Source interface {
+	Hold(bus.UserKey) *kv.Hold
+	Lease() (until time.Time, held bool)
+	Barrier(context.Context) error
+	Access(bus.UserKey) (*kv.Access, error)
+	PlainAccess(context.Context, bus.UserKey) (*kv.Access, error)
+}
+
+// Config configures a Service.
+type Config struct {
+	View    Source
+	Keys    []Keys        // current first; a second generation during a rotation
+	TTL     time.Duration // of an admission without an expiry of its own
+	Log     *slog.Logger
+	Metrics *Metrics
+	Now     func() time.Time
+}
+
+// Service answers authorization requests. It is safe for concurrent use.
+type Service struct {
+	cfg     Config
+	opener  *opener
+	minter  *minter
+	jobs    chan job
+	effects *effects
+
+	mu     sync.Mutex
+	conns  []*nats.Conn
+	subs   []*nats.Subscription
+	joined bool
+	probes map[bus.UserKey]chan struct{}
+}
+
+type job struct {
+	msg      *nats.Msg
+	received time.Time
+}
+
+// New prepares a Service; Run works.
+func New(cfg Config) (*Service, error) {
+	m, err := newMinter(cfg.Keys, cfg.TTL, cfg.Now)
+	if err != nil {
+		return nil, err
+	}
+	return &Service{
+		cfg: cfg, opener: newOpener(cfg.Keys, cfg.Now), minter: m,
+		jobs: make(chan job, queueLength), effects: newEffects(), probes: map[bus.UserKey]chan struct{}{},
+	}, nil
+}
+
+// Listen names the connections in account AUTH on which the Service answers
+// while it is joined.
+func (s *Service) Listen(conns ...*nats.Conn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.conns = conns
+}
+
+// Join enters the queue group, Leave leaves it and lets what was delivered be
+// answered. Both may be called at any time, in any order.
+func (s *Service) Join() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.joined {
+		return nil
+	}
+	for _, nc := range s.conns {
+		sub, err := nc.QueueSubscribe(Subject, Queue, s.take)
+		if err == nil {
+			err = sub.SetPendingLimits(queueLength, 64<<20)
+			s.subs = append(s.subs, sub)
+		}
+		if err != nil {
+			s.leaveLocked()
+			return bus.E(bus.Unavailable, "cannot join the queue group: %w", err)
+		}
+	}
+	s.joined = true
+	return nil
+}
+
+// Leave leaves the queue group: see Join.
+func (s *Service) Leave() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.leaveLocked()
+}
+
+func (s *Service) leaveLocked() {
+	for _, sub := range s.subs {
+		if err := sub.Drain(); err != nil && !errors.Is(err, nats.ErrConnectionClosed) {
+			s.cfg.Log.Warn("leaving the queue group", "err", err)
+		}
+	}
+	s.subs, s.joined = nil, false
+}
+
+// Joined reports whether the Service answers.
+func (s *Service) Joined() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.joined
+}
+
+// take queues a request or sheds it: one that waits too long is worthless, and
+// the server's own deadline slows down whoever sends too many.
+func (s *Service) take(m *nats.Msg) {
+	select {
+	case s.jobs <- job{m, s.cfg.Now()}:
+		s.cfg.Metrics.queue.Set(float64(len(s.jobs)))
+	default:
+		s.cfg.Metrics.shed.Inc()
+	}
+}
+
+// Run answers with one worker per processor until ctx ends, then finishes what
+// is queued and waits until no answer can have an effect any more, so that the
+// lease may be released.
+func (s *Service) Run(ctx context.Context) {
+	var workers sync.WaitGroup
+	for range max(2, runtime.GOMAXPROCS(0)) {
+		workers.Go(func() { s.work(ctx) })
+	}
+	<-ctx.Done()
+	s.Leave()
+	workers.Wait()
+	s.effects.wait(answerLife + effectMargin)
+}
+
+func (s *Service) work(ctx context.Context) {
+	for {
+		select {
+		case j := <-s.jobs:
+			s.answer(j)
+		case <-ctx.Done():
+			for { // drain: what was delivered gets its answer
+				select {
+				case j := <-s.jobs:
+					s.answer(j)
+				default:
+					return
+				}
+			}
+		}
+	}
+}
+
+// answer handles one request from bytes to bytes.
+func (s *Service) answer(j job) {
+	s.cfg.Metrics.queue.Set(float64(len(s.jobs)))
+	if s.cfg.Now().Sub(j.received) > Deadline {
+		s.cfg.Metrics.shed.Inc()
+		return
+	}
+	ctx, cancel := context.WithDeadline(context.Background(), j.received.Add(Deadline))
+	defer cancel()
+	c, err := s.opener.open(j.msg)
+	if err != nil {
+		s.record(j, nil, silence("malformed", err), nil)
+		return
+	}
+	req, why := c.prove()
+	if why != "" {
+		s.deny(j, c, nil, denial(why))
+		return
+	}
+	s.sawProbe(req.User)
+	s.decideAndReply(ctx, j, c, req)
+}
+
+// decideAndReply holds back the acknowledgement of changes of this user from
+// before the View is read until the answer has had its effect.
+func (s *Service) decideAndReply(ctx context.Context, j job, c *call, req Request) {
+	hold := s.cfg.View.Hold(req.User)
+	kept := false
+	defer func() {
+		if !kept {
+			hold.Release()
+		}
+	}()
+	access, until, out := s.lookupAndDecide(ctx, req)
+	switch {
+	case out.silent():
+		s.record(j, &req, out, access)
+		return
+	case !out.allow:
+		s.deny(j, c, &req, out)
+		return
+	}
+	now := s.cfg.Now()
+	expires := now.Add(answerLife)
+	if until.Before(expires) {
+		expires = until // an answer is worth no more than the lease it was made on
+	}
+	reply, err := s.minter.admit(c, req, access, expires)
+	if err != nil {
+		s.record(j, &req, silence("mint", err), access)
+		return
+	}
+	if d := guard.Delay("reply"); d > 0 {
+		time.Sleep(d)
+	}
+	// The process may have been paused since the lease was checked. A pause
+	// after this line is caught by the answer's own expiry.
+	if _, held := s.cfg.View.Lease(); !held && !guard.Off(guard.FreshReads) {
+		s.record(j, &req, silence("lease_lost", nil), access)
+		return
+	}
+	kept = true
+	s.effects.begin(c, hold, expires.Sub(now)+effectMargin)
+	if err := j.msg.Respond(reply); err != nil {
+		s.effects.end(c.serverID, c.clientID)
+		s.record(j, &req, silence("reply", err), access)
+		return
+	}
+	s.record(j, &req, out, access)
+}
+
+// lookupAndDecide decides on the View under a lease. Any refusal of a proven
+// key other than a recorded revoke is looked at once more behind a barrier, so
+// that a grant of a moment ago is never missed.
+func (s *Service) lookupAndDecide(ctx context.Context, req Request) (*kv.Access, time.Time, outcome) {
+	if guard.Off(guard.FreshReads) {
+		access, err := s.cfg.View.PlainAccess(ctx, req.User)
+		return access, s.cfg.Now().Add(answerLife), decide(access, err, s.cfg.Now())
+	}
+	until, held := s.cfg.View.Lease()
+	if !held {
+		return nil, until, silence("no_lease", nil)
+	}
+	access, err := s.cfg.View.Access(req.User)
+	out := decide(access, err, s.cfg.Now())
+	if out.allow || out.final {
+		return access, until, out
+	}
+	if err := s.cfg.View.Barrier(ctx); err != nil {
+		return access, until, silence("no_barrier", err)
+	}
+	if until, held = s.cfg.View.Lease(); !held {
+		return nil, until, silence("no_lease", nil)
+	}
+	access, err = s.cfg.View.Access(req.User)
+	return access, until, decide(access, err, s.cfg.Now())
+}
+
+func (s *Service) deny(j job, c *call, req *Request, out outcome) {
+	reply, err := s.minter.deny(c, s.cfg.Now().Add(answerLife))
+	if err == nil {
+		err = j.msg.Respond(reply)
+	}
+	if err != nil {
+		out = silence("reply", err)
+	}
+	s.record(j, req, out, nil)
+}
+
+// record writes the one log line and counts.
+func (s *Service) record(j job, req *Request, out outcome, access *kv.Access) {
+	took := s.cfg.Now().Sub(j.received)
+	s.cfg.Metrics.requests.WithLabelValues(out.result(), out.reason).Inc()
+	s.cfg.Metrics.duration.Observe(took.Seconds())
+	args := []any{"result", out.result(), "reason", out.reason, "ms", float64(took.Microseconds()) / 1000}
+	if req != nil {
+		args = append(args, "user", req.User.NKey(), "server", req.ServerName, "client", req.ClientID, "host", req.Host)
+	}
+	if access != nil {
+		args = append(args, "handle", access.User.Handle, "rooms", len(access.Rooms))
+	}
+	if out.err != nil {
+		args = append(args, "err", out.err)
+	}
+	level := slog.LevelInfo
+	if out.alert {
+		level = slog.LevelError
+	}
+	s.cfg.Log.Log(context.Background(), level, "connect", args...)
+}
+
+// Connected tells that a server has opened the connection that an answer of
+// ours admitted: that answer has had its effect.
+func (s *Service) Connected(serverID string, clientID uint64) { s.effects.end(serverID, clientID) }
+
+// Expect returns a channel that is closed when a request of this key, properly
+// proven, arrives here: start-up uses it to see that servers do ask us.
+func (s *Service) Expect(k bus.UserKey) <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	ch := make(chan struct{})
+	s.probes[k] = ch
+	return ch
+}
+
+func (s *Service) sawProbe(k bus.UserKey) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if ch, ok := s.probes[k]; ok {
+		close(ch)
+		delete(s.probes, k)
+	}
+}

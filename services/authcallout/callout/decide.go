@@ -1,0 +1,54 @@
+package callout
+
+import (
+	"time"
+
+	"unibus.internal/bus"
+	"unibus.internal/bus/kv"
+)
+
+// outcome is what becomes of one request.
+type outcome struct {
+	allow  bool
+	final  bool   // a denial that no later grant can overtake
+	quiet  bool   // no answer at all
+	alert  bool   // somebody should look
+	reason string // for log and metrics; never for the client
+	err    error
+}
+
+func (o outcome) silent() bool { return o.quiet }
+
+func (o outcome) result() string {
+	switch {
+	case o.allow:
+		return "allow"
+	case o.quiet:
+		return "error"
+	}
+	return "deny"
+}
+
+func denial(reason string) outcome { return outcome{reason: reason} }
+
+func silence(reason string, err error) outcome { return outcome{quiet: true, reason: reason, err: err} }
+
+// decide admits exactly a user whose readable record says active and not
+// expired. It is pure; the rooms of the admission are those of the access.
+func decide(a *kv.Access, err error, now time.Time) outcome {
+	switch {
+	case err != nil:
+		return outcome{reason: "broken_record", alert: true, err: err}
+	case a == nil:
+		return denial("unknown")
+	case a.User.Status == bus.Revoked:
+		return outcome{reason: "revoked", final: true}
+	case a.User.Status == bus.Suspended:
+		return denial("suspended")
+	case !a.User.ActiveAt(now):
+		return denial("expired")
+	case len(a.Rooms) > bus.MaxRoomsPerUser:
+		return outcome{reason: "too_many_rooms", alert: true}
+	}
+	return outcome{allow: true, reason: "active"}
+}

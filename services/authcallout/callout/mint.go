@@ -1,0 +1,294 @@
+package callout
+
+import (
+	"crypto/ed25519"
+	"crypto/rand"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	mrand "math/rand/v2"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nkeys"
+	"golang.org/x/crypto/nacl/box"
+
+	"unibus.internal/bus"
+	"unibus.internal/bus/guard"
+	"unibus.internal/bus/kv"
+)
+
+// Denied is all a refused client ever learns.
+const Denied = "not authorized"
+
+const (
+	userAccount = "BUS"
+	maxTTL      = 30 * 24 * time.Hour
+)
+
+// Keys is one generation of what the servers' auth_callout block names.
+type Keys struct {
+	Issuer IssuerKey
+	Curve  CurveKey
+}
+
+// IssuerKey signs users. Whoever holds its seed can place a session in any
+// account: it is the root of the bus.
+type IssuerKey struct {
+	Public  string
+	private ed25519.PrivateKey // expanded once; nkeys would do it for each signature
+}
+
+// CurveKey unseals requests.
+type CurveKey struct {
+	Public  string
+	private [32]byte
+}
+
+// ParseKeys reads an account seed SA... and a curve seed SX....
+func ParseKeys(issuerSeed, curveSeed []byte) (Keys, error) {
+	prefix, raw, err := nkeys.DecodeSeed(issuerSeed)
+	if err != nil || prefix != nkeys.PrefixByteAccount {
+		return Keys{}, bus.E(bus.Invalid, "the issuer seed is not an account seed (SA...)")
+	}
+	private := ed25519.NewKeyFromSeed(raw)
+	public, err := nkeys.Encode(nkeys.PrefixByteAccount, private.Public().(ed25519.PublicKey))
+	if err != nil {
+		return Keys{}, bus.E(bus.Internal, "issuer: %w", err)
+	}
+	curve, err := nkeys.FromCurveSeed(curveSeed)
+	if err != nil {
+		return Keys{}, bus.E(bus.Invalid, "the xkey seed is not a curve seed (SX...)")
+	}
+	curvePublic, err := curve.PublicKey()
+	if err != nil {
+		return Keys{}, bus.E(bus.Internal, "xkey: %w", err)
+	}
+	k := Keys{Issuer: IssuerKey{string(public), private}, Curve: CurveKey{Public: curvePublic}}
+	_, curveRaw, err := nkeys.DecodeSeed(curveSeed)
+	if err != nil {
+		return Keys{}, bus.E(bus.Invalid, "the xkey seed is not a curve seed (SX...)")
+	}
+	copy(k.Curve.private[:], curveRaw)
+	return k, nil
+}
+
+// minter is the only code that uses the issuer's private key.
+type minter struct {
+	ttl time.Duration
+	now func() time.Time
+
+	mu       sync.Mutex
+	rendered map[bus.UserKey]rendering
+}
+
+// rendering is a user's permissions as JSON, good as long as the View returns
+// the same access.
+type rendering struct {
+	access      *kv.Access
+	permissions json.RawMessage
+}
+
+func newMinter(keys []Keys, ttl time.Duration, now func() time.Time) (*minter, error) {
+	if len(keys) == 0 {
+		return nil, bus.E(bus.Invalid, "no issuer key")
+	}
+	if ttl < time.Minute || ttl > maxTTL {
+		return nil, bus.E(bus.Invalid, "a session lives between 1m and 720h, not %s", ttl)
+	}
+	return &minter{ttl: ttl, now: now, rendered: map[bus.UserKey]rendering{}}, nil
+}
+
+// rules are the subjects of one direction, in the server's JSON.
+type rules struct {
+	Allow []string `json:"allow,omitempty"`
+	Deny  []string `json:"deny,omitempty"`
+}
+
+// permissions is the nats part of a user JWT that differs between users.
+type permissions struct {
+	Pub  rules      `json:"pub"`
+	Sub  rules      `json:"sub"`
+	Resp *responses `json:"resp,omitempty"` // never; only the negative control sets it
+}
+
+type responses struct {
+	Max int   `json:"max"`
+	TTL int64 `json:"ttl"`
+}
+
+// permit lists exactly what an access grants. An empty list would mean "allow
+// everything" to a server, so a direction without rights is denied outright.
+func permit(a *kv.Access) permissions {
+	p := permissions{Sub: rules{Allow: []string{bus.InboxSubscribe(a.User.Key), bus.NoticeSubscribe(a.User.Key)}}}
+	for _, g := range a.Rooms {
+		if g.Role.MayPublish() {
+			p.Pub.Allow = append(p.Pub.Allow, bus.RoomPublish(g.Room, a.User.Key))
+		}
+		switch {
+		case g.Role.Rank() == 0:
+		case g.Durable:
+			p.Sub.Allow = append(p.Sub.Allow, bus.FeedSubscribe(g.Room))
+		default:
+			p.Sub.Allow = append(p.Sub.Allow, bus.RoomSubscribe(g.Room))
+		}
+	}
+	if len(p.Pub.Allow) == 0 {
+		p.Pub.Deny = []string{">"}
+	}
+	if guard.Off(guard.EmptyPermissions) && len(a.Rooms) == 0 {
+		p = permissions{}
+	}
+	if guard.Off(guard.NoReplyPermissions) {
+		p.Resp = &responses{Max: 1, TTL: int64(2 * time.Minute)}
+	}
+	return p
+}
+
+// check is the second lock on permit: nothing leaves that would allow all, or
+// let a client answer on a subject somebody else chose.
+func (p permissions) check() error {
+	for _, r := range []rules{p.Pub, p.Sub} {
+		if len(r.Allow)+len(r.Deny) == 0 && !guard.Off(guard.EmptyPermissions) {
+			return errors.New("a direction without rules would allow everything")
+		}
+		if slices.Contains(r.Allow, "") || slices.Contains(r.Allow, ">") {
+			return errors.New("a rule would allow everything")
+		}
+	}
+	if p.Resp != nil && !guard.Off(guard.NoReplyPermissions) {
+		return errors.New("response permissions are never given")
+	}
+	return nil
+}
+
+// permissionsOf renders a user's permissions once per change.
+func (m *minter) permissionsOf(a *kv.Access) (json.RawMessage, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if r, ok := m.rendered[a.User.Key]; ok && r.access == a {
+		return r.permissions, nil
+	}
+	p := permit(a)
+	if err := p.check(); err != nil {
+		return nil, err
+	}
+	raw, err := json.Marshal(p)
+	if err != nil {
+		return nil, err
+	}
+	if len(m.rendered) > 100_000 {
+		clear(m.rendered)
+	}
+	m.rendered[a.User.Key] = rendering{a, raw}
+	return raw, nil
+}
+
+// userClaims is a user JWT of the server's config mode: aud places the session
+// in an account.
+type userClaims struct {
+	Audience string          `json:"aud"`
+	Expires  int64           `json:"exp"`
+	ID       string          `json:"jti"`
+	IssuedAt int64           `json:"iat"`
+	Issuer   string          `json:"iss"`
+	Name     string          `json:"name"`
+	Subject  string          `json:"sub"`
+	NATS     json.RawMessage `json:"nats"`
+}
+
+type responseClaims struct {
+	Audience string         `json:"aud"`
+	Expires  int64          `json:"exp,omitempty"`
+	ID       string         `json:"jti"`
+	IssuedAt int64          `json:"iat"`
+	Issuer   string         `json:"iss"`
+	Subject  string         `json:"sub"`
+	NATS     responseAnswer `json:"nats"`
+}
+
+type responseAnswer struct {
+	JWT     string `json:"jwt,omitempty"`
+	Error   string `json:"error,omitempty"`
+	Type    string `json:"type"`
+	Version int    `json:"version"`
+}
+
+// admit makes the sealed answer that opens a connection with exactly the
+// rights of an access. The server ignores it after expires.
+func (m *minter) admit(c *call, req Request, a *kv.Access, expires time.Time) ([]byte, error) {
+	if a.User.Key != req.User {
+		return nil, errors.New("the access is another user's")
+	}
+	perms, err := m.permissionsOf(a)
+	if err != nil {
+		return nil, err
+	}
+	now := m.now()
+	until := now.Add(m.ttl - mrand.N(m.ttl/10+1)) // jitter: sessions that began together do not end together
+	if e := a.User.ExpiresAt; e != nil && e.Before(until) {
+		until = *e
+	}
+	// The common part follows the user's own; both are JSON objects.
+	nats := append(slices.Clone(perms[:len(perms)-1]), `,"subs":-1,"data":-1,"payload":-1,"allowed_connection_types":["STANDARD"],"type":"user","version":2}`...)
+	token, err := m.sign(c, userClaims{
+		Audience: userAccount, Expires: until.Unix(), ID: tokenID(), IssuedAt: now.Unix(),
+		Issuer: c.keys.Issuer.Public, Name: req.User.NKey(), Subject: c.userNKey, NATS: nats,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return m.respond(c, responseAnswer{JWT: string(token)}, expires)
+}
+
+// deny makes the sealed answer that refuses, with the constant text.
+func (m *minter) deny(c *call, expires time.Time) ([]byte, error) {
+	return m.respond(c, responseAnswer{Error: Denied}, expires)
+}
+
+func (m *minter) respond(c *call, answer responseAnswer, expires time.Time) ([]byte, error) {
+	answer.Type, answer.Version = "authorization_response", 2
+	claims := responseClaims{
+		Audience: c.serverID, Expires: expires.Unix(), ID: tokenID(), IssuedAt: m.now().Unix(),
+		Issuer: c.keys.Issuer.Public, Subject: c.userNKey, NATS: answer,
+	}
+	if guard.Off(guard.ResponseExpiry) {
+		claims.Expires = 0
+	}
+	token, err := m.sign(c, claims)
+	if err != nil {
+		return nil, err
+	}
+	var nonce [sealNonce]byte
+	if _, err := rand.Read(nonce[:]); err != nil {
+		return nil, fmt.Errorf("randomness: %w", err)
+	}
+	out := append([]byte(sealVersion), nonce[:]...)
+	return box.SealAfterPrecomputation(out, token, &nonce, c.shared), nil
+}
+
+var jwtHeader = base64.RawURLEncoding.EncodeToString([]byte(`{"typ":"JWT","alg":"` + jwtAlgorithm + `"}`))
+
+// sign writes a JWT: the claims are encoded once and nothing is hashed besides
+// the signature.
+func (m *minter) sign(c *call, claims any) ([]byte, error) {
+	body, err := json.Marshal(claims)
+	if err != nil {
+		return nil, err
+	}
+	enc := base64.RawURLEncoding
+	out := make([]byte, 0, len(jwtHeader)+2+enc.EncodedLen(len(body))+enc.EncodedLen(ed25519.SignatureSize))
+	out = append(append(out, jwtHeader...), '.')
+	out = enc.AppendEncode(out, body)
+	sig := ed25519.Sign(c.keys.Issuer.private, out)
+	return enc.AppendEncode(append(out, '.'), sig), nil
+}
+
+func tokenID() string {
+	var b [16]byte
+	_, _ = rand.Read(b[:]) // never fails since Go 1.24; an id of zeros would only be a poor id
+	return hex.EncodeToString(b[:])
+}

@@ -1,0 +1,194 @@
+// Command unibus-authcallout decides, for the nats-server of its node and in
+// need for the others, who may connect and to which subjects. It runs on every
+// node, holds no state and may die at any time.
+//
+// Exit codes are those of sysexits(3), which systemd prints by name: 0 stopped,
+// 69 cannot bind, 78 wrong configuration (do not restart).
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"unibus.internal/bus/kv"
+	"unibus.internal/services/authcallout/callout"
+)
+
+var version = "devel" // set by the linker
+
+const (
+	exitUnavailable = 69
+	exitConfig      = 78
+	// authConnections per instance: a server handles the answers of one
+	// connection one after another.
+	authConnections = 2
+	inbox           = "_INBOX_authcallout"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	os.Exit(run(ctx, os.Args[1:], os.Getenv, os.Stderr))
+}
+
+// config is everything the operator sets; each field has a flag and a variable.
+type config struct {
+	node, natsURL, ca, creds string
+	adminListen, issuer      string
+	lease, ttl               time.Duration
+	check                    bool
+}
+
+func parseConfig(args []string, getenv func(string) string, stderr io.Writer) (config, error) {
+	var c config
+	fs := flag.NewFlagSet("unibus-authcallout", flag.ContinueOnError)
+	fs.SetOutput(stderr)
+	env := func(name, fallback string) string {
+		if v := getenv(name); v != "" {
+			return v
+		}
+		return fallback
+	}
+	var lease, ttl string
+	fs.StringVar(&c.node, "node", env("UNIBUS_NODE", ""), "name of this node ($UNIBUS_NODE)")
+	fs.StringVar(&c.natsURL, "nats-url", env("UNIBUS_NATS_URL", "tls://127.0.0.1:4250"), "this node's nats-server ($UNIBUS_NATS_URL)")
+	fs.StringVar(&c.ca, "ca", env("UNIBUS_CA", "/etc/unibus/tls/client-ca.crt"), "client CA ($UNIBUS_CA)")
+	fs.StringVar(&c.creds, "creds-dir", env("UNIBUS_CREDS_DIR", env("CREDENTIALS_DIRECTORY", "/etc/unibus/creds")), "directory of the seeds ($UNIBUS_CREDS_DIR, $CREDENTIALS_DIRECTORY)")
+	fs.StringVar(&c.adminListen, "admin-listen", env("UNIBUS_ADMIN_LISTEN", "127.0.0.1:9480"), "metrics and profiles, loopback only ($UNIBUS_ADMIN_LISTEN)")
+	fs.StringVar(&c.issuer, "issuer", env("UNIBUS_ISSUER", ""), "public key that issuer.nk must have ($UNIBUS_ISSUER)")
+	fs.StringVar(&lease, "lease", env("UNIBUS_LEASE", "10s"), "how long a barrier allows decisions, 1s to 10s ($UNIBUS_LEASE)")
+	fs.StringVar(&ttl, "user-ttl", env("UNIBUS_USER_TTL", "12h"), "how long a session lives at most ($UNIBUS_USER_TTL)")
+	fs.BoolVar(&c.check, "check", false, "check the configuration and exit")
+	if err := fs.Parse(args); err != nil {
+		return c, err
+	}
+	if fs.NArg() > 0 {
+		return c, fmt.Errorf("unexpected argument %q", fs.Arg(0))
+	}
+	var err1, err2 error
+	c.lease, err1 = time.ParseDuration(lease)
+	c.ttl, err2 = time.ParseDuration(ttl)
+	host, _, err3 := net.SplitHostPort(c.adminListen)
+	ip := net.ParseIP(host)
+	switch {
+	case err1 != nil || c.lease < kv.MinLease || c.lease > kv.DefaultLease:
+		return c, fmt.Errorf("lease %q is not a duration from 1s to 10s", lease)
+	case err2 != nil:
+		return c, fmt.Errorf("user ttl %q is not a duration", ttl)
+	case c.node == "":
+		return c, errors.New("the node has no name; set UNIBUS_NODE")
+	case err3 != nil || ip == nil || !ip.IsLoopback():
+		return c, fmt.Errorf("admin address %q is not on loopback", c.adminListen)
+	}
+	return c, nil
+}
+
+func run(ctx context.Context, args []string, getenv func(string) string, stderr io.Writer) int {
+	log := slog.New(slog.NewTextHandler(stderr, nil))
+	c, err := parseConfig(args, getenv, stderr)
+	if errors.Is(err, flag.ErrHelp) {
+		return 0
+	}
+	if err != nil {
+		return fail(log, exitConfig, err)
+	}
+	keys, err := loadKeys(c.creds, c.issuer)
+	if err != nil {
+		return fail(log, exitConfig, err)
+	}
+	if c.check {
+		return 0
+	}
+	admin, err := net.Listen("tcp", c.adminListen)
+	if err != nil {
+		return fail(log, exitUnavailable, err)
+	}
+	defer func() { _ = admin.Close() }()
+	p := newProcess(c, log, keys)
+	p.startAdmin(admin)
+	if err := p.inspectServer(ctx); err != nil {
+		return fail(log, exitConfig, err)
+	}
+	if ctx.Err() != nil {
+		return 0
+	}
+	if err := p.connect(); err != nil {
+		return fail(log, exitConfig, err)
+	}
+	defer p.closeConnections()
+	return p.serve(ctx)
+}
+
+func fail(log *slog.Logger, code int, err error) int {
+	log.Error("cannot start", "err", err)
+	return code
+}
+
+// loadKeys reads the current generation, and the next one if a rotation is
+// under way.
+func loadKeys(dir, wantIssuer string) ([]callout.Keys, error) {
+	var keys []callout.Keys
+	for _, suffix := range []string{"", "-next"} {
+		issuer, err := readSecret(filepath.Join(dir, "issuer"+suffix+".nk"))
+		if suffix != "" && errors.Is(err, fs.ErrNotExist) {
+			break
+		}
+		if err != nil {
+			return nil, err
+		}
+		curve, err := readSecret(filepath.Join(dir, "xkey"+suffix+".nk"))
+		if err != nil {
+			return nil, err
+		}
+		k, err := callout.ParseKeys(issuer, curve)
+		clear(issuer)
+		clear(curve)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", dir, err)
+		}
+		keys = append(keys, k)
+	}
+	if wantIssuer != "" && keys[0].Issuer.Public != wantIssuer {
+		return nil, fmt.Errorf("%s holds the seed of %s, and UNIBUS_ISSUER is %s", filepath.Join(dir, "issuer.nk"), keys[0].Issuer.Public, wantIssuer)
+	}
+	return keys, nil
+}
+
+// readSecret refuses a file that others may read: whoever holds the issuer
+// seed can open a session in any account.
+func readSecret(path string) ([]byte, error) {
+	st, err := os.Stat(path)
+	if err != nil {
+		return nil, fmt.Errorf("seed: %w", err)
+	}
+	if st.Mode().Perm()&0o077 != 0 && os.Getenv("CREDENTIALS_DIRECTORY") == "" {
+		return nil, fmt.Errorf("%s is readable by others: chmod 600 %s", path, path)
+	}
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("seed: %w", err)
+	}
+	return []byte(strings.TrimSpace(string(raw))), nil
+}
+
+func (p *process) link(seed, purpose string) kv.Link {
+	return kv.Link{
+		URL: p.cfg.natsURL, SeedFile: filepath.Join(p.cfg.creds, seed+".nk"), CAFile: p.cfg.ca,
+		Name: "unibus-authcallout " + p.cfg.node + " " + purpose, Inbox: inbox, Timeout: 5 * time.Second,
+		Options: []nats.Option{nats.ErrorHandler(p.natsError)},
+	}
+}
