@@ -43,7 +43,12 @@ type Options struct {
 // they return an error.
 type Cluster struct {
 	*Layout
-	t        testing.TB
+	*machinery
+	t testing.TB
+}
+
+// machinery is what all views of one cluster share.
+type machinery struct {
 	services []Service
 	nursery  *nursery
 
@@ -67,12 +72,14 @@ func Start(t testing.TB, o Options) *Cluster {
 	}
 	base := ReservePorts(t)
 	c := &Cluster{
-		Layout:   &Layout{Dir: t.TempDir(), Bin: Binaries(t, o.Controls), Env: o.environment()},
-		t:        t,
-		services: o.services(),
-		nursery:  newNursery(),
-		procs:    map[procKey]*child{},
-		env:      map[procKey]map[string]string{},
+		Layout: &Layout{Dir: t.TempDir(), Bin: Binaries(t, o.Controls), Env: o.environment()},
+		machinery: &machinery{
+			services: o.services(),
+			nursery:  newNursery(),
+			procs:    map[procKey]*child{},
+			env:      map[procKey]map[string]string{},
+		},
+		t: t,
 	}
 	t.Cleanup(c.stop)
 	for i := range o.Nodes {
@@ -91,6 +98,11 @@ func Start(t testing.TB, o Options) *Cluster {
 		c.WaitHealthy(time.Minute, o.Start...)
 	}
 	return c
+}
+
+// In is the same cluster for a subtest, which its failures then end.
+func (c *Cluster) In(t testing.TB) *Cluster {
+	return &Cluster{Layout: c.Layout, machinery: c.machinery, t: t}
 }
 
 func (o Options) services() []Service {

@@ -105,6 +105,15 @@ func (l *Layout) CalloutReady(ctx context.Context, i int) error {
 	return nil
 }
 
+// Monitor returns an answer of node i's nats-server on its monitoring port.
+func (l *Layout) Monitor(ctx context.Context, i int, path string) ([]byte, error) {
+	code, body, err := get(ctx, &http.Client{Timeout: probeTimeout}, l.MonitorURL(i)+path)
+	if err == nil && code != http.StatusOK {
+		err = fmt.Errorf("%s%s: %d", l.MonitorURL(i), path, code)
+	}
+	return body, err
+}
+
 func get(ctx context.Context, client *http.Client, url string) (int, []byte, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {

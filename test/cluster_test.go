@@ -1,0 +1,251 @@
+package test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"unibus.internal/test/cluster"
+)
+
+// The bounds that the issue and DESIGN section 5 promise.
+const (
+	writesGoOn    = 10 * time.Second // one node lost
+	noQuorumSeen  = 11 * time.Second // lease + 1 s
+	backUnaided   = 30 * time.Second // quorum restored
+	startFinished = time.Minute
+)
+
+// One cluster lives through the whole story of quorum: a first start that
+// waits for all three nodes, the loss of one and of two, every order of start.
+func TestQuorum(t *testing.T) {
+	c := cluster.Start(t, cluster.Options{Membership: true, Start: []int{1, 2}, NoWait: true})
+	for _, step := range []struct {
+		name string
+		run  func(*testing.T, *cluster.Cluster)
+	}{
+		{"first start waits for the third node", firstStartWaits},
+		{"one node killed", oneNodeKilled},
+		{"two servers killed", twoServersKilled},
+		{"later start orders", laterStartOrders},
+	} {
+		if !t.Run(step.name, func(t *testing.T) { step.run(t, c.In(t)) }) {
+			return // the next step needs what this one left
+		}
+	}
+}
+
+func firstStartWaits(t *testing.T, c *cluster.Cluster) {
+	const waiting = "waiting for node 3/3 (first start)"
+	for _, i := range []int{1, 2} {
+		cluster.WaitFor(t, startFinished, fmt.Sprintf("n%d to say what it waits for", i), func() error {
+			return unavailable(c, i, waiting)
+		})
+		if log := c.LogTail(i, cluster.Membership, 100); !strings.Contains(log, waiting) {
+			t.Errorf("the log of n%d does not say %q:\n%s", i, waiting, log)
+		}
+	}
+	cluster.Hold(t, 3*time.Second, "503 with two of three nodes", func() error {
+		return errors.Join(unavailable(c, 1, waiting), unavailable(c, 2, waiting))
+	})
+	c.StartNode(3)
+	c.WaitHealthy(startFinished)
+}
+
+// oneNodeKilled kills the node that leads the cluster, and then the one that
+// leads the bucket of users. The other two answer 200 all along.
+func oneNodeKilled(t *testing.T, c *cluster.Cluster) {
+	ops := c.Ops()
+	for what, leader := range map[string]func(context.Context, *cluster.Cluster) (int, error){
+		"meta leader": metaLeader, "leader of KV_UNIBUS_users": usersLeader,
+	} {
+		victim, err := leader(t.Context(), c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("kill n%d, the %s", victim, what)
+		stop := keepServing(t, c, others(c, victim)...)
+		c.Kill(victim)
+		cluster.WaitFor(t, writesGoOn, "a write without the "+what, func() error { return write(ops) })
+		cluster.WaitFor(t, startFinished, "another "+what, func() error {
+			now, err := leader(t.Context(), c)
+			if err == nil && now == victim {
+				err = fmt.Errorf("still n%d", victim)
+			}
+			return err
+		})
+		// The lease of before the kill is used up by now: what serves, serves
+		// by barriers that the two wrote alone.
+		cluster.Hold(t, noQuorumSeen, "writes with one node down", func() error { return write(ops) })
+		c.StartNode(victim)
+		c.WaitHealthy(backUnaided)
+		stop()
+	}
+}
+
+// twoServersKilled leaves one nats-server and all three memberships: nobody
+// may serve then, not even the node whose server is well.
+func twoServersKilled(t *testing.T, c *cluster.Cluster) {
+	ops := c.Ops()
+	killed := time.Now()
+	c.Kill(1, cluster.NATS)
+	c.Kill(2, cluster.NATS)
+	for _, i := range c.Nodes() {
+		cluster.WaitFor(t, noQuorumSeen-time.Since(killed), fmt.Sprintf("503 from n%d", i), func() error { return unavailable(c, i, "") })
+	}
+	cluster.Hold(t, 10*time.Second, "503 everywhere without quorum", func() error {
+		return errors.Join(unavailable(c, 1, ""), unavailable(c, 2, ""), unavailable(c, 3, ""))
+	})
+	if err := write(ops); err == nil {
+		t.Error("a write was acknowledged without quorum")
+	}
+	if r := c.CLI("--direct", "user", "list"); r.Code != 3 || r.Stdout != "" {
+		t.Errorf("user list without quorum: exit %d, want 3 and nothing shown\n%s%s", r.Code, r.Stdout, r.Stderr)
+	}
+	c.StartNode(1, cluster.NATS)
+	c.StartNode(2, cluster.NATS)
+	c.WaitHealthy(backUnaided)
+}
+
+// laterStartOrders starts the whole cluster again, every node once the first,
+// the second and the last. One that is alone never serves; two do, without
+// waiting for the third.
+func laterStartOrders(t *testing.T, c *cluster.Cluster) {
+	for _, order := range [][3]int{{1, 2, 3}, {2, 3, 1}, {3, 1, 2}} {
+		for _, i := range c.Nodes() {
+			c.Kill(i)
+		}
+		c.StartNode(order[0])
+		cluster.WaitFor(t, startFinished, fmt.Sprintf("n%d to answer, alone", order[0]), func() error { return unavailable(c, order[0], "") })
+		cluster.Hold(t, 2*time.Second, "503 of a lone node", func() error { return unavailable(c, order[0], "") })
+		c.StartNode(order[1])
+		c.WaitHealthy(startFinished, order[0], order[1])
+		c.StartNode(order[2])
+		c.WaitHealthy(startFinished)
+	}
+}
+
+// unavailable returns nil if node i answers 503 for a reason that contains why.
+func unavailable(c *cluster.Cluster, i int, why string) error {
+	h, err := c.Healthz(context.Background(), i)
+	switch {
+	case err != nil:
+		return err
+	case h.Code != http.StatusServiceUnavailable || h.Status == "ok":
+		return fmt.Errorf("n%d answers %d %q", i, h.Code, h.Status)
+	case !strings.Contains(h.Error, why):
+		return fmt.Errorf("n%d says %q", i, h.Error)
+	}
+	return nil
+}
+
+// keepServing asks the nodes for their health, as a load balancer would, and
+// fails the test for every answer but 200 until stop is called.
+func keepServing(t *testing.T, c *cluster.Cluster, nodes ...int) (stop func()) {
+	ctx, cancel := context.WithCancel(t.Context())
+	var asking sync.WaitGroup
+	for _, i := range nodes {
+		asking.Go(func() {
+			tick := time.NewTicker(200 * time.Millisecond)
+			defer tick.Stop()
+			for {
+				if err := c.Healthy(ctx, i); err != nil && ctx.Err() == nil {
+					t.Errorf("n%d stopped serving: %v", i, err)
+				}
+				select {
+				case <-ctx.Done():
+					return
+				case <-tick.C:
+				}
+			}
+		})
+	}
+	return func() { cancel(); asking.Wait() }
+}
+
+func others(c *cluster.Cluster, but int) (nodes []int) {
+	for _, i := range c.Nodes() {
+		if i != but {
+			nodes = append(nodes, i)
+		}
+	}
+	return nodes
+}
+
+// write commits a record to a bucket by quorum.
+func write(ops *nats.Conn) error {
+	js, err := ops.JetStream(nats.MaxWait(2 * time.Second))
+	if err != nil {
+		return err
+	}
+	_, err = js.Publish("$KV.UNIBUS_users._test", []byte("{}"))
+	return err
+}
+
+// metaLeader is the node that leads the JetStream cluster, as the servers agree.
+func metaLeader(ctx context.Context, c *cluster.Cluster) (int, error) {
+	return agreed(ctx, c, "/jsz", func(body []byte) (string, error) {
+		var j struct {
+			Meta struct {
+				Leader string `json:"leader"`
+			} `json:"meta_cluster"`
+		}
+		err := json.Unmarshal(body, &j)
+		return j.Meta.Leader, err
+	})
+}
+
+// usersLeader is the node that leads the bucket of users.
+func usersLeader(ctx context.Context, c *cluster.Cluster) (int, error) {
+	return agreed(ctx, c, "/jsz?acc=CTRL&streams=true", func(body []byte) (string, error) {
+		var j struct {
+			Accounts []struct {
+				Streams []struct {
+					Name    string `json:"name"`
+					Cluster struct {
+						Leader string `json:"leader"`
+					} `json:"cluster"`
+				} `json:"stream_detail"`
+			} `json:"account_details"`
+		}
+		err := json.Unmarshal(body, &j)
+		for _, a := range j.Accounts {
+			for _, s := range a.Streams {
+				if s.Name == "KV_UNIBUS_users" {
+					return s.Cluster.Leader, err
+				}
+			}
+		}
+		return "", err
+	})
+}
+
+// agreed asks every server that answers who leads and wants one answer.
+func agreed(ctx context.Context, c *cluster.Cluster, path string, leader func([]byte) (string, error)) (int, error) {
+	said := map[string]bool{}
+	for _, i := range c.Nodes() {
+		body, err := c.Monitor(ctx, i, path)
+		if err != nil {
+			continue // a node that is down has no say
+		}
+		name, err := leader(body)
+		if err != nil {
+			return 0, err
+		}
+		said[name] = true
+	}
+	for _, i := range c.Nodes() {
+		if len(said) == 1 && said[c.Node(i)] {
+			return i, nil
+		}
+	}
+	return 0, fmt.Errorf("no agreed leader: %v", said)
+}
