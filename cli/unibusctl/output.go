@@ -125,7 +125,7 @@ func (a *app) confirm(prompt string) error {
 	}
 	f, ok := a.in.(*os.File)
 	if a.set.noInput || !ok || !term.IsTerminal(int(f.Fd())) {
-		return usagef("%s: needs --yes when nobody can be asked", oneLine(prompt))
+		return usagef("%s needs --yes when nobody can be asked", quote(oneLine(prompt)))
 	}
 	fmt.Fprintf(a.errw, "%s [y/N] ", oneLine(prompt))
 	answer := make(chan string, 1)
