@@ -474,6 +474,30 @@ func TestConfiguredServers(t *testing.T) {
 		}
 		loopbackOnly(t, node, c.Ports[i-1].Monitor)
 	}
+	localConfigWins(t, c)
+}
+
+// localConfigWins edits the operator's own file: it survives the next render,
+// and a reload takes it.
+func localConfigWins(t *testing.T, c *cluster.Cluster) {
+	local := filepath.Join(c.Etc(3), "nats", "conf.d", "local.conf")
+	if err := os.WriteFile(local, []byte("max_connections: 4242\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Prepare(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	c.Reload(3)
+	cluster.WaitFor(t, 10*time.Second, "the reloaded limit", func() error {
+		var varz struct {
+			MaxConnections int `json:"max_connections"`
+		}
+		getJSON(t, c.MonitorURL(3)+"/varz", &varz)
+		if varz.MaxConnections != 4242 {
+			return fmt.Errorf("max_connections is %d", varz.MaxConnections)
+		}
+		return nil
+	})
 }
 
 func getJSON(t *testing.T, url string, into any) {
