@@ -112,6 +112,14 @@ func (l *linter) unknown(at confPos, problem, fix string) {
 	l.found(severityUnknown, at, problem, fix)
 }
 
+// said reports whether a critical finding names this line already, so that one
+// mistake makes one line.
+func (l *linter) said(at confPos) bool {
+	return slices.ContainsFunc(l.findings, func(f lintFinding) bool {
+		return f.File == at.file && f.Line == at.line && f.Severity == severityCritical
+	})
+}
+
 func (l *linter) severity() severity {
 	s := severityOK
 	for _, f := range l.findings {
@@ -143,9 +151,9 @@ func (l *linter) check(against string) {
 		return
 	}
 	l.settings()
+	l.text()
 	l.accounts()
 	l.network()
-	l.text()
 	l.files()
 	l.keys()
 	l.certificates()

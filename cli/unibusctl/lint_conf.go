@@ -364,24 +364,24 @@ func (p *confParser) include(m *confValue, pos confPos) error {
 func (p *confParser) value() (*confValue, error) {
 	v := &confValue{kind: confString, pos: p.here()}
 	var err error
-	switch c := p.peek(); {
-	case c == '{':
+	switch p.peek() {
+	case '{':
 		p.next()
 		v.kind = confMap
 		return v, p.mapInto(v, '}')
-	case c == '[':
+	case '[':
 		p.next()
 		v.kind = confArray
 		return v, p.arrayInto(v)
-	case c == '\'':
+	case '\'':
 		p.next()
 		v.text, err = p.until('\'')
 		return v, err
-	case c == '"':
+	case '"':
 		p.next()
 		v.text, err = p.escaped()
 		return v, err
-	case c == '(':
+	case '(':
 		return nil, p.errorf("a text block ( ) is not understood here")
 	}
 	text := p.bare()

@@ -133,13 +133,13 @@ func (l *linter) certificates() {
 	l.references()
 	check := &pkiChecker{dir: pkiDir(l.path("tls")), now: l.now, onNode: true}
 	n, known := l.self()
-	if known {
+	switch name := l.get("server_name").string(); {
+	case known:
 		check.inventory = l.inv.path
-	} else {
-		n = node{name: l.get("server_name").string()}
-		if n.name == "" {
-			n = check.nodeHere(nil)
-		}
+	case name == "" || l.inv != nil: // named already; the certificates are judged by themselves
+		n = check.nodeHere(nil)
+	default:
+		n = node{name: name}
 	}
 	check.authorities()
 	check.leaves(leafDir(check.dir), n.name, leafNames(n))

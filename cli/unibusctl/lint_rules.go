@@ -136,9 +136,15 @@ func bans() []ban {
 // settings checks values that are right or wrong by themselves.
 func (l *linter) settings() {
 	for _, e := range expectations() {
-		if !e.ok(l.get(e.path...)) {
-			l.critical(l.where(e.path...), spelled(e.path)+" "+e.problem, e.fix)
+		v := l.get(e.path...)
+		if e.ok(v) {
+			continue
 		}
+		setting := spelled(e.path)
+		if isSet(v) {
+			setting += ": " + v.text
+		}
+		l.critical(l.where(e.path...), setting+" "+e.problem, e.fix)
 	}
 	for _, b := range bans() {
 		if v := l.get(b.path...); v != nil && !isOff(v) {
@@ -175,9 +181,10 @@ func spelled(path []string) string {
 
 // accounts checks who gets in, and with what rights.
 func (l *linter) accounts() {
-	l.callout()
 	static := l.staticUsers()
-	l.authUsers(static)
+	if l.callout() {
+		l.authUsers(static)
+	}
 	for _, u := range static {
 		l.staticUser(u)
 	}
@@ -186,12 +193,13 @@ func (l *linter) accounts() {
 
 const fixRender = "render again: unibusctl config render"
 
-func (l *linter) callout() {
+// callout says whether there is one.
+func (l *linter) callout() bool {
 	path := []string{"authorization", "auth_callout|auth_hook"}
 	callout := l.get(path...)
 	if callout == nil {
-		l.critical(l.where(path...), "there is no auth_callout: no user of the bus can connect, or everyone", fixRender)
-		return
+		l.critical(l.where(path...), "there is no auth_callout: no user of the bus could connect", "take away what replaces or leaves it out, or "+fixRender)
+		return false
 	}
 	for _, k := range []struct {
 		name  string
@@ -201,8 +209,8 @@ func (l *linter) callout() {
 		{"issuer", nkeys.IsValidPublicAccountKey, "an account's public key (A...)"},
 		{"xkey", nkeys.IsValidPublicCurveKey, "a public curve key (X...); without it requests cross the routes readable"},
 	} {
-		if v := callout.field(k.name); !k.valid(v.string()) {
-			l.critical(l.where(append(path, k.name)...), fmt.Sprintf("auth_callout.%s is not %s", k.name, k.want),
+		if at := l.where(append(path, k.name)...); !k.valid(callout.field(k.name).string()) && !l.said(at) {
+			l.critical(at, fmt.Sprintf("auth_callout.%s is not %s", k.name, k.want),
 				fmt.Sprintf("the public key of creds/%s.nk; %s", k.name, fixRender))
 		}
 	}
@@ -216,6 +224,7 @@ func (l *linter) callout() {
 			"auth_callout.allowed_accounts is not [BUS, AUTH]: the break-glass keys of SYS and CTRL would depend on the callout, or users on nothing",
 			"allowed_accounts: [BUS, AUTH]")
 	}
+	return true
 }
 
 // staticUser is a user that the server itself knows.
@@ -294,7 +303,7 @@ func (l *linter) staticUser(u staticUser) {
 		l.critical(u.pos, fmt.Sprintf("a user in %s has no valid nkey (U...): passwords and tokens can be replayed", u.account), `{ nkey: "U..." }`)
 	case u.account == "AUTH" && u.name != "" && u.name != "authcallout-auth":
 		l.critical(u.pos, u.String()+" shares the callout's account, and could read its requests", "move it out of AUTH")
-	case l.breakGlass(u):
+	case u.breakGlass():
 	case !restricts(u.rights.at("publish|pub|import")):
 		l.critical(u.pos, u.String()+" may publish anything: an empty list, or none, allows all", "list its subjects in permissions.publish; "+fixRender)
 	case !restricts(u.rights.at("subscribe|sub|export")):
@@ -304,8 +313,8 @@ func (l *linter) staticUser(u staticUser) {
 
 // breakGlass says whether u may do everything in its account: sys in SYS, and
 // ops, the one user of CTRL whose seed is kept off the nodes.
-func (l *linter) breakGlass(u staticUser) bool {
-	return u.account == "SYS" || u.account == "CTRL" && u.name == ""
+func (u staticUser) breakGlass() bool {
+	return u.account == "SYS" || u.account == "CTRL" && (u.name == "" || u.name == "ops")
 }
 
 // restricts reports whether a rule leaves anything forbidden. To the server no
@@ -369,7 +378,7 @@ func (l *linter) network() {
 		}
 		return
 	}
-	if v := l.get("cluster", "name"); isSet(v) && v.text != l.inv.cluster {
+	if v := l.get("cluster", "name"); isSet(v) && v.text != l.inv.cluster && !l.said(v.pos) {
 		l.critical(v.pos, fmt.Sprintf("cluster.name is %s, and %s says %s: this node would not join", quote(v.text), l.inv.path, l.inv.cluster), "name: "+l.inv.cluster)
 	}
 	for _, p := range []struct {
@@ -519,6 +528,9 @@ func (l *linter) text() {
 		switch {
 		case v.kind == confMap || v.kind == confArray:
 		case v.kind == confNumber && durationKey.MatchString(key) && durationNumber.MatchString(v.text):
+			if l.said(v.pos) {
+				return // that it must be another value anyway
+			}
 			l.critical(v.pos, fmt.Sprintf("%s: %s is a number of millions to nats-server, not minutes", key, v.text), fmt.Sprintf("quote it: %s: %q", key, strings.ToLower(v.text)))
 		case urlVariable.MatchString(v.text):
 			l.critical(v.pos, "a $VARIABLE inside a URL stays as it is written: nats-server would send it as the password",

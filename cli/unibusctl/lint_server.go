@@ -41,7 +41,7 @@ func (l *linter) tryServer(ctx context.Context, binary string) {
 			l.unknown(at, "not tried with nats-server: "+err.Error(), "check the temporary directory")
 			return
 		}
-		defer os.RemoveAll(dir)
+		defer os.RemoveAll(dir) //nolint:errcheck // a directory of the temporary ones stays behind at worst
 		file = filepath.Join(dir, filepath.FromSlash(mainConf))
 	}
 	out, err := runServer(ctx, binary, "-t", "-c", file)
@@ -106,11 +106,6 @@ var serverLine = regexp.MustCompile(`^(?:nats-server: )?(.+?):(\d+):\d+: (.*)$`)
 // the same about the same line better.
 func (l *linter) serverFindings(out, root string) {
 	const fix = "correct the line; unibusctl config render makes a good one"
-	said := func(at confPos) bool {
-		return slices.ContainsFunc(l.findings, func(f lintFinding) bool {
-			return f.File == at.file && f.Line == at.line && f.Severity == severityCritical
-		})
-	}
 	for line := range strings.Lines(out) {
 		line = strings.TrimSpace(strings.ReplaceAll(line, root, l.dir+string(filepath.Separator)))
 		if line == "" {
@@ -121,7 +116,7 @@ func (l *linter) serverFindings(out, root string) {
 			n, _ := strconv.Atoi(m[2])
 			at, problem = confPos{m[1], n}, m[3]
 		}
-		if !said(at) {
+		if !l.said(at) {
 			l.critical(at, "nats-server refuses it: "+problem, fix)
 		}
 	}
