@@ -36,7 +36,7 @@ ours:
 	@mkdir -p $(BIN)
 	cd cli/unibusctl && $(GO_BUILD) -o $(BIN)/unibusctl .
 	cd services/membership && $(GO_BUILD) -o $(BIN)/unibus-membership .
-	if [[ -e services/authcallout/main.go ]]; then cd services/authcallout && $(GO_BUILD) -o $(BIN)/unibus-authcallout .; fi
+	cd services/authcallout && $(GO_BUILD) -o $(BIN)/unibus-authcallout .
 	cd test && $(GO_BUILD) -o $(BIN)/unibus-local ./cmd/unibus-local
 
 .PHONY: up down status demo

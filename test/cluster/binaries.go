@@ -65,9 +65,6 @@ func buildPrograms(tags string) (string, error) {
 	}
 	defer unlock()
 	for _, p := range programs {
-		if _, err := os.Stat(filepath.Join(root, p.module, "main.go")); err != nil && p.pkg == "." {
-			continue
-		}
 		cmd := exec.CommandContext(context.Background(), "go", "build", "-trimpath", "-tags", tags, "-o", filepath.Join(dir, p.name), p.pkg)
 		cmd.Dir = filepath.Join(root, p.module)
 		cmd.Env = append(os.Environ(), "GOWORK=off", "CGO_ENABLED=0")

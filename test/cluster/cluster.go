@@ -26,6 +26,9 @@ import (
 	"unibus.internal/bus/kv"
 )
 
+// stopBound is how long a service may take to stop after SIGTERM.
+const stopBound = 15 * time.Second
+
 // Options say what a test needs. The zero value is three bare nats-servers.
 type Options struct {
 	Nodes       int   // 3 if zero
@@ -300,12 +303,7 @@ func (c *Cluster) dumpLogs() {
 
 // LogTail returns the last lines of the log of one service of node i.
 func (c *Cluster) LogTail(i int, s Service, lines int) string {
-	b, err := os.ReadFile(c.LogFile(i, s))
-	if err != nil {
-		return ""
-	}
-	all := strings.Split(strings.TrimRight(string(b), "\n"), "\n")
-	return strings.Join(all[max(0, len(all)-lines):], "\n")
+	return Tail(c.LogFile(i, s), lines)
 }
 
 // Ready returns nil if every service of node i is healthy.

@@ -16,7 +16,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"time"
 )
 
 // Service is one of the three kinds of processes of a node.
@@ -182,7 +181,8 @@ func (l *Layout) unibusctl(ctx context.Context, args ...string) error {
 	cmd := exec.CommandContext(ctx, filepath.Join(l.Bin, "unibusctl"), args...)
 	cmd.Env = baseEnv(l.Dir)
 	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("unibusctl %s: %w: %s", strings.Join(args, " "), err, bytes.TrimSpace(out))
+		said := strings.TrimPrefix(string(bytes.TrimSpace(out)), "unibusctl: ")
+		return fmt.Errorf("unibusctl %s %s: %w: %s", args[0], args[1], err, said)
 	}
 	return nil
 }
@@ -300,6 +300,16 @@ func readEnvFile(path string) (map[string]string, error) {
 	return env, lines.Err()
 }
 
+// Tail returns the last lines of a file; nothing if it cannot be read.
+func Tail(file string, lines int) string {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return ""
+	}
+	all := strings.Split(strings.TrimRight(string(b), "\n"), "\n")
+	return strings.Join(all[max(0, len(all)-lines):], "\n")
+}
+
 // WriteFile replaces a file in one step, so that no reader sees half of it.
 // An unchanged file is left alone.
 func WriteFile(path string, content []byte, mode fs.FileMode) error {
@@ -317,6 +327,3 @@ func WriteFile(path string, content []byte, mode fs.FileMode) error {
 	}
 	return os.Rename(tmp.Name(), path)
 }
-
-// A service that ignores SIGTERM is killed after this long.
-const stopBound = 15 * time.Second

@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -88,7 +89,7 @@ func (l *Layout) NATSHealthy(ctx context.Context, i int) error {
 		return err
 	}
 	if code != http.StatusOK {
-		return fmt.Errorf("%s: nats-server: %d %.200s", l.Node(i), code, body)
+		return fmt.Errorf("%s: nats-server: %d %.200s", l.Node(i), code, bytes.TrimSpace(body))
 	}
 	return nil
 }
@@ -100,7 +101,7 @@ func (l *Layout) CalloutReady(ctx context.Context, i int) error {
 		return err
 	}
 	if code != http.StatusOK {
-		return fmt.Errorf("%s: authcallout: %d %.200s", l.Node(i), code, body)
+		return fmt.Errorf("%s: authcallout: %d %.200s", l.Node(i), code, bytes.TrimSpace(body))
 	}
 	return nil
 }

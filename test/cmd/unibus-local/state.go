@@ -162,7 +162,7 @@ func (l *local) describe() error {
 			AuthcalloutAdminURL: y.AdminURL(i, cluster.Authcallout),
 			PIDs:                map[cluster.Service]int{},
 		}
-		for _, s := range l.services() {
+		for _, s := range cluster.Services() {
 			n.PIDs[s] = 0
 			if p := l.alive(i, s); p != nil {
 				n.PIDs[s] = p.PID
@@ -187,12 +187,4 @@ func (l *local) envLines() []byte {
 		fmt.Fprintf(&b, "export %s='%s'\n", k, strings.ReplaceAll(env[k], "'", `'\''`))
 	}
 	return []byte(b.String())
-}
-
-// services are those that are built.
-func (l *local) services() []cluster.Service {
-	return slices.DeleteFunc(cluster.Services(), func(s cluster.Service) bool {
-		_, err := l.layout.Digest(1, s)
-		return err != nil && s == cluster.Authcallout
-	})
 }

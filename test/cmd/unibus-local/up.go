@@ -56,7 +56,7 @@ func (l *local) up(ctx context.Context) error {
 // stopStale stops running services whose binary or configuration changed.
 func (l *local) stopStale(ctx context.Context) error {
 	var stale []string
-	for _, s := range l.services() {
+	for _, s := range cluster.Services() {
 		for i := 1; i <= nodes; i++ {
 			digest, err := l.layout.Digest(i, s)
 			if err != nil {
@@ -76,7 +76,7 @@ func (l *local) startDead() (started int, err error) {
 	if err := l.portsFree(); err != nil {
 		return 0, err
 	}
-	for _, s := range l.services() {
+	for _, s := range cluster.Services() {
 		for i := 1; i <= nodes; i++ {
 			if l.alive(i, s) != nil {
 				continue
@@ -111,7 +111,7 @@ func (l *local) start(i int, s cluster.Service) error {
 // portsFree looks before anything is started: half a cluster helps nobody.
 func (l *local) portsFree() error {
 	for i := 1; i <= nodes; i++ {
-		for _, s := range l.services() {
+		for _, s := range cluster.Services() {
 			if l.alive(i, s) != nil {
 				continue
 			}
@@ -147,29 +147,20 @@ func (l *local) waitHealthy(ctx context.Context) error {
 
 // dead names a process that ended by itself, with the end of its log.
 func (l *local) dead() error {
-	for _, s := range l.services() {
+	for _, s := range cluster.Services() {
 		for i := 1; i <= nodes; i++ {
 			if l.alive(i, s) == nil {
 				log := l.layout.LogFile(i, s)
-				return fmt.Errorf("%s ended: %s\nthe whole log: %s", key(i, s), lastLine(log), log)
+				return fmt.Errorf("%s ended, the last lines of %s are:\n%s", key(i, s), log, cluster.Tail(log, 5))
 			}
 		}
 	}
 	return nil
 }
 
-func lastLine(file string) string {
-	b, err := os.ReadFile(file)
-	if err != nil {
-		return err.Error()
-	}
-	lines := strings.Split(strings.TrimSpace(string(b)), "\n")
-	return lines[len(lines)-1]
-}
-
 func (l *local) healthy(ctx context.Context) error {
 	for i := 1; i <= nodes; i++ {
-		for _, s := range l.services() {
+		for _, s := range cluster.Services() {
 			if err := l.serviceHealthy(ctx, i, s); err != nil {
 				return err
 			}
@@ -332,7 +323,7 @@ func (l *local) status(ctx context.Context) error {
 	fmt.Fprintln(table, "NODE\tSERVICE\tPID\tPORT\tSTATE")
 	healthy := true
 	for i := 1; i <= nodes; i++ {
-		for _, s := range l.services() {
+		for _, s := range cluster.Services() {
 			pid, state := "-", "not running"
 			if p := l.alive(i, s); p != nil {
 				pid, state = fmt.Sprint(p.PID), "healthy"
