@@ -128,6 +128,8 @@ func TestLocalCluster(t *testing.T) {
 	a, b := newRunner(t), newRunner(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	second := b.command(ctx, "up")
+	var said bytes.Buffer
+	second.Stderr = &said
 	if err := second.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -135,7 +137,7 @@ func TestLocalCluster(t *testing.T) {
 	defer func() { cancel(); _ = wait() }()
 	a.must(0, "up")
 	if err := wait(); err != nil {
-		t.Fatalf("the second cluster, at the same time: %v", err)
+		t.Fatalf("the second cluster, at the same time: %v\n%s", err, &said)
 	}
 	before := a.processes()
 	for name, p := range b.processes() {
