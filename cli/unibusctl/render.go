@@ -84,8 +84,9 @@ func (r *renderRequest) files() ([]nodeFile, error) {
 	if err != nil {
 		return nil, err
 	}
-	if len(inv.nodes) != kv.Replicas {
-		return nil, bus.E(bus.Invalid, "%s lists %d nodes; a cluster has %d, for every stream is R%d", r.inventory, len(inv.nodes), kv.Replicas, kv.Replicas)
+	if len(inv.nodes) < kv.Replicas {
+		return nil, bus.E(bus.Invalid, "%s lists %d nodes; every stream has %d replicas, so a cluster needs at least %d", r.inventory, len(inv.nodes), kv.Replicas, kv.Replicas).
+			WithHint("add the missing NODE_ rows to %s", r.inventory)
 	}
 	if r.etc == "" {
 		r.etc = r.out
