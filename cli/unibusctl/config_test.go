@@ -5,7 +5,6 @@ import (
 	"crypto/rand"
 	"errors"
 	"flag"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -374,12 +373,7 @@ func exampleInventory(t *testing.T, path string) *inventory {
 	}
 	const documentation, real = "192.0.2.", "198.18.0."
 	filled := filepath.Join(t.TempDir(), "nodes.env")
-	f, err := os.OpenFile(filled, os.O_CREATE|os.O_WRONLY, 0o600)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	if _, err := io.WriteString(f, strings.ReplaceAll(string(example), documentation, real)); err != nil {
+	if err := os.WriteFile(filled, bytes.ReplaceAll(example, []byte(documentation), []byte(real)), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	inv, err := parseInventory(filled)
