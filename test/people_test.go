@@ -1,0 +1,220 @@
+package test
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nkeys"
+
+	"unibus.internal/bus"
+	"unibus.internal/bus/kv"
+	"unibus.internal/test/cluster"
+	"unibus.internal/test/wire"
+)
+
+// person is somebody with a key of their own.
+type person struct {
+	name string
+	kp   nkeys.KeyPair
+	key  bus.UserKey
+}
+
+func newPerson(t testing.TB, name string) *person {
+	t.Helper()
+	kp, err := nkeys.CreateUser()
+	if err != nil {
+		t.Fatal(err)
+	}
+	pub, err := kp.PublicKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := bus.ParseUserKey(pub)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &person{name: name, kp: kp, key: key}
+}
+
+// seedFile writes the person's seed where a CLI can read it.
+func (p *person) seedFile(t testing.TB) string {
+	t.Helper()
+	seed, err := p.kp.Seed()
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), p.name+".nk")
+	if err := os.WriteFile(path, append(seed, '\n'), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// options are what a default nats.go client of this person would use.
+func (p *person) options(ca string) []nats.Option {
+	return []nats.Option{
+		nats.RootCAs(ca), nats.Nkey(p.key.NKey(), p.kp.Sign), nats.CustomInboxPrefix(bus.InboxPrefix(p.key)), nats.Name(p.name),
+	}
+}
+
+// world is a cluster with a View and a Store of the test's own, which obey the
+// same rules as unibusctl --direct.
+type world struct {
+	*cluster.Cluster
+	t     testing.TB
+	store *kv.Store
+	view  *kv.View
+	trust *tls.Config
+	admin *person
+}
+
+// newWorld starts a cluster with callouts and a first admin.
+func newWorld(t testing.TB, o cluster.Options) *world {
+	t.Helper()
+	o.Authcallout, o.Membership = true, true
+	w := &world{Cluster: cluster.Start(t, o), t: t}
+	trust, err := wire.Trust(w.CA())
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.trust = trust
+	w.openStore()
+	w.admin = newPerson(t, "admin")
+	if _, err := w.store.Bootstrap(t.Context(), w.admin.key, "admin"); err != nil {
+		t.Fatalf("bootstrap: %v", err)
+	}
+	w.waitAdmits(w.admin, w.Nodes()...)
+	return w
+}
+
+func (w *world) openStore() {
+	w.t.Helper()
+	nc, err := kv.Connect(kv.Link{
+		URL: w.URLs(w.NATSURL), SeedFile: w.Seed("ops"), CAFile: w.CA(), Name: "test-store", Inbox: "_INBOX_ops", Timeout: 2 * time.Second,
+	})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	view, err := kv.NewView(kv.ViewConfig{Conn: nc, Service: "unibusctl", Node: "test"})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() { view.Run(ctx); close(done) }()
+	w.t.Cleanup(func() { cancel(); <-done; nc.Close() })
+	w.view = view
+	w.store, err = kv.OpenStore(kv.StoreConfig{View: view, Actor: "test"})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// patiently repeats a change while the cluster has no quorum for it.
+func (w *world) patiently(what string, change func(context.Context) (kv.Result, error)) kv.Result {
+	w.t.Helper()
+	ctx, cancel := context.WithTimeout(w.t.Context(), 90*time.Second)
+	defer cancel()
+	for {
+		res, err := change(ctx)
+		var u *kv.Unproven
+		switch {
+		case err == nil:
+			return res
+		case ctx.Err() != nil, bus.CodeOf(err) != bus.Unavailable && !errors.As(err, &u):
+			w.t.Fatalf("%s: %v", what, err)
+		}
+	}
+}
+
+func (w *world) addUser(name string) *person {
+	w.t.Helper()
+	p := newPerson(w.t, name)
+	if _, err := w.store.AddUser(w.t.Context(), p.key, bus.Handle(name), bus.Member); err != nil {
+		w.t.Fatalf("add %s: %v", name, err)
+	}
+	return p
+}
+
+func (w *world) addRoom(id bus.RoomID, owner *person, o kv.RoomOptions) {
+	w.t.Helper()
+	if _, err := w.store.CreateRoom(w.t.Context(), id, owner.key, o); err != nil {
+		w.t.Fatalf("create room %s: %v", id, err)
+	}
+}
+
+func (w *world) join(id bus.RoomID, p *person, role bus.RoomRole) {
+	w.t.Helper()
+	if _, err := w.store.SetMember(w.t.Context(), id, p.key, role); err != nil {
+		w.t.Fatalf("add %s to %s: %v", p.name, id, err)
+	}
+}
+
+// verdict is what came of one attempt to connect.
+type verdict int
+
+const (
+	admitted verdict = iota
+	refused          // an explicit denial
+	silent           // no answer in time: the service did not know, or the node is away
+)
+
+func (v verdict) String() string { return [...]string{"admitted", "refused", "silent"}[v] }
+
+// denialWithin separates a denial, which is answered at once, from silence,
+// which the server turns into the same words only after its own deadline.
+const denialWithin = 1900 * time.Millisecond
+
+// attempt connects once to node i with a proper proof. It may be called from
+// any goroutine.
+func (w *world) attempt(i int, p *person) (verdict, error) {
+	c, err := wire.Dial(w.NATSURL(i), w.trust, 3*time.Second)
+	if err != nil {
+		return silent, err
+	}
+	defer c.Close()
+	started := time.Now()
+	err = c.Connect(wire.Proof(p.kp, c.Info.Nonce))
+	switch {
+	case err == nil:
+		return admitted, nil
+	case errors.Is(err, wire.ErrDenied) && time.Since(started) < denialWithin:
+		return refused, err
+	}
+	return silent, err
+}
+
+// connectRaw returns an admitted raw connection.
+func (w *world) connectRaw(i int, p *person) *wire.Conn {
+	w.t.Helper()
+	c, err := wire.Dial(w.NATSURL(i), w.trust, 5*time.Second)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(c.Close)
+	if err := c.Connect(wire.Proof(p.kp, c.Info.Nonce)); err != nil {
+		w.t.Fatalf("%s is not admitted to n%d: %v", p.name, i, err)
+	}
+	return c
+}
+
+// waitAdmits waits until the nodes answer p with admission.
+func (w *world) waitAdmits(p *person, nodes ...int) {
+	w.t.Helper()
+	for _, i := range nodes {
+		cluster.WaitFor(w.t, 30*time.Second, fmt.Sprintf("n%d to admit %s", i, p.name), func() error {
+			v, err := w.attempt(i, p)
+			if v != admitted {
+				return fmt.Errorf("%s: %w", v, err)
+			}
+			return nil
+		})
+	}
+}
