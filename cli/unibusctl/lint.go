@@ -157,6 +157,7 @@ func (l *linter) check(against string) {
 	l.files()
 	l.keys()
 	l.certificates()
+	l.edits()
 	if against != "" {
 		l.against(filepath.Clean(against))
 	}

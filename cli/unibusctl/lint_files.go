@@ -35,6 +35,27 @@ func (l *linter) files() {
 	}
 }
 
+// edits warns of what the next render takes back, for it may be the one thing
+// that keeps this node working. An edit that broke something has been named
+// for that already, and a file that cannot be read by files.
+func (l *linter) edits() {
+	if l.severity() == severityCritical {
+		return
+	}
+	names, err := templateNames()
+	if err != nil {
+		l.unknown(confPos{file: l.dir}, err.Error(), "this is a fault of unibusctl")
+		return
+	}
+	for _, name := range names {
+		data, err := os.ReadFile(l.path(name))
+		if edited, _ := editedByHand(data); err == nil && edited {
+			l.warning(confPos{file: l.path(name)}, "was edited after it was rendered, and the next render takes that back",
+				"move it to "+localConf+" or nodes.env, and render again")
+		}
+	}
+}
+
 // envFile looks for placeholders and seeds in KEY=VALUE lines.
 func (l *linter) envFile(path string) {
 	data, err := os.ReadFile(path)

@@ -256,7 +256,7 @@ func plantedFaults() []planted {
 		{"store_dir empty", edit(mainConf, "store_dir: $JETSTREAM_DIR", `store_dir: ""`), critical, mainConf, "store_dir is empty"},
 		{"no max_file_store", edit(jetstreamConf, "max_file_store: ", "#"), critical, mainConf, "max_file_store is not set"},
 		{"caps fill the store", edit(jetstreamConf, "max_file_store:   16GB", "max_file_store: 15GB"), critical, accountsConf, "of max_file_store on each node"},
-		{"account without a cap", edit(accountsConf, "jetstream: { max_file: 27GB, max_mem: 0, max_bytes_required: true }", "jetstream: enabled"), critical, accountsConf, "account BUS may fill the whole store"},
+		{"account without a cap", edit(accountsConf, "jetstream: { max_file: 27GB, max_mem: 64MB, max_bytes_required: true }", "jetstream: enabled"), critical, accountsConf, "account BUS may fill the whole store"},
 		{"pool_size", edit(clusterConf, "pool_size: -1", "pool_size: 3"), critical, clusterConf, "pool_size: 3 is not -1"},
 		{"no_advertise", edit(clusterConf, "no_advertise: true", ""), critical, mainConf, "no_advertise is not true"},
 		{"another cluster's name", edit(clusterConf, `name: "unibus"`, `name: "other"`), critical, clusterConf, `cluster.name is "other"`},
@@ -268,6 +268,7 @@ func plantedFaults() []planted {
 		{"variable missing", edit(nodeConf, "CLUSTER_CA:", "CLUSTERCA:"), critical, mainConf, "nothing defines $CLUSTER_CA"},
 		{"brace missing", add(localConf, "tls {\n"), critical, localConf, "never closed"},
 		{"block replaced", add(localConf, "jetstream { store_dir: /x, sync_interval: always, strict: true, max_file_store: 16GB }\n"), warning, localConf, "replaces the whole one at"},
+		{"edited by hand", add(tlsConf, "# mine\n"), warning, tlsConf, "the next render takes that back"},
 		{"trace", add(localConf, "trace: true\n"), warning, localConf, "what users say"},
 	}
 }
@@ -362,6 +363,7 @@ func TestLintAgainstTheRunningConfiguration(t *testing.T) {
 		{"lame duck", edit(mainConf, `lame_duck_duration:     "30s"`, `lame_duck_duration: "40s"`), "lame_duck_duration was changed: a reload is refused"},
 		{"listen", edit(nodeConf, `0.0.0.0:4250`, `198.18.0.1:4250`), "listen was changed: a reload is refused"},
 		{"route listen", edit(nodeConf, `10.0.0.1:6250`, `0.0.0.0:6250`), "cluster.listen was changed: a reload is refused"},
+		{"cluster name", edit(clusterConf, `name: "unibus"`, `name: "other"`), "after a reload the other nodes refuse this one"},
 		{"monitor", edit(nodeConf, `127.0.0.1:8222`, `127.0.0.1:8223`), "http was changed: a reload is refused"},
 		{"callout", edit(accountsConf, "    issuer: ", "    users: []\n    issuer: "), "authorization.auth_callout.users was added: a reload is refused"},
 		{"a permission", edit(accountsConf, `publish: ["notice.*.>"]`, `publish: ["notice.*.>", "x"]`), "closes the connections of the bus users"},
