@@ -85,8 +85,8 @@ check-format: check-tools
 	@bad=$$($(TOOLS)/gofumpt -l $(MODULES)); [[ -z $$bad ]] || { echo "not formatted (bin/tools/gofumpt -w .):"; echo "$$bad"; exit 1; }
 
 check-lint: check-tools
-	@for m in $(MODULES); do echo "lint $$m"; (cd $$m && go vet ./... && go vet -tags controls,chaos ./... && \
-		$(TOOLS)/golangci-lint run --config $(CURDIR)/.golangci.yml ./...) || exit; done
+	@bad=; for m in $(MODULES); do echo "lint $$m"; (cd $$m && go vet ./... && go vet -tags controls,chaos ./... && \
+		$(TOOLS)/golangci-lint run --config $(CURDIR)/.golangci.yml ./...) || bad+=" $$m"; done; [[ -z $$bad ]] || { echo "not clean:$$bad"; exit 1; }
 
 check-modules:
 	@for m in $(MODULES); do echo "build $$m"; (cd $$m && go build ./... && go mod tidy -diff) || exit; done
@@ -102,7 +102,7 @@ check-config: build
 			$(BIN)/unibusctl config check --dir $$tmp/$$n/etc --nats-server $(BIN)/nats-server; done
 
 check-shell:
-	@git ls-files -z | xargs -0 grep -lzE '\A#!.*\b(ba)?sh\b' -- | xargs -r shellcheck
+	@git grep -lzIE '^#!.*\b(ba)?sh$$' | xargs -0 -r shellcheck
 
 check-units:
 	@units=$$(git ls-files 'deploy/systemd/*.service' 'deploy/systemd/*.timer'); [[ -z $$units ]] || systemd-analyze verify --recursive-errors=no $$units
