@@ -227,11 +227,14 @@ func refuseStrangers(t *testing.T, c *cluster.Cluster) {
 			conn := dialWire(t, c, i, 20*time.Second)
 			go func() {
 				err := conn.Connect(fields(conn.Info.Nonce))
-				if errors.Is(err, wire.ErrDenied) {
+				switch {
+				case errors.Is(err, wire.ErrDenied):
 					verdicts <- nil
-					return
+				case err == nil:
+					verdicts <- fmt.Errorf("%s on n%d: admitted", name, i)
+				default:
+					verdicts <- fmt.Errorf("%s on n%d: no verdict: %w", name, i, err)
 				}
-				verdicts <- fmt.Errorf("%s on n%d: not refused (%v)", name, i, err)
 			}()
 		}
 	}
@@ -282,7 +285,7 @@ func knockAsRoute(address string, trust *tls.Config, credentials string) (string
 	if err != nil {
 		return "", err
 	}
-	defer conn.Close()
+	defer func() { _ = conn.Close() }()
 	if err := conn.SetDeadline(time.Now().Add(5 * time.Second)); err != nil {
 		return "", err
 	}
@@ -507,7 +510,7 @@ func getJSON(t *testing.T, url string, into any) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer resp.Body.Close()
+	defer func() { _ = resp.Body.Close() }()
 	if err := json.NewDecoder(resp.Body).Decode(into); err != nil {
 		t.Fatal(err)
 	}
