@@ -20,6 +20,8 @@ func (l *linter) against(old string) {
 		switch effect, why := c.effect(); effect {
 		case effectRestart:
 			l.warning(c.at, fmt.Sprintf("%s: a reload is refused as a whole, %s", c, why), "restart the nodes one at a time: unibusctl cluster wait between them")
+		case effectLeave:
+			l.warning(c.at, fmt.Sprintf("%s: after a reload the other nodes refuse this one", c), "keep it; a cluster gets another name only when all nodes are stopped")
 		case effectDrop:
 			l.warning(c.at, fmt.Sprintf("%s: a reload closes the connections of the bus users on this server; they reconnect", c), "reload one node at a time, at a quiet hour")
 		}
@@ -46,9 +48,10 @@ func (c change) String() string {
 type effect int
 
 const (
-	effectReload effect = iota // takes effect without anyone noticing
-	effectDrop
-	effectRestart
+	effectReload  effect = iota // takes effect without anyone noticing
+	effectDrop                  // closes the connections of the bus users
+	effectLeave                 // takes the node out of its cluster
+	effectRestart               // refused
 )
 
 // reloadRule says what a change of matching keys does; the first match counts.
@@ -67,7 +70,8 @@ func reloadRules() []reloadRule {
 	return []reloadRule{
 		rule(`authorization\.(auth_callout|auth_hook)(\..*)?`, effectRestart, "for the auth callout is read at start only"),
 		rule(`(accounts|authorization|no_auth_user)(\..*)?`, effectDrop, ""),
-		rule(`cluster\.(listen|host|net|port|name)`, effectRestart, "for the route listener stays as it started"),
+		rule(`cluster\.name`, effectLeave, ""),
+		rule(`cluster\.(listen|host|net|port)`, effectRestart, "for the route listener stays as it started"),
 		rule(`cluster(\..*)?`, effectReload, ""),
 		rule(`jetstream\.max_(file|memory|mem)(_store)?`, effectReload, ""), // effect knows which way
 		rule(`jetstream\.limits(\..*)?`, effectReload, ""),
