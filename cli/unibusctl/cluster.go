@@ -310,8 +310,8 @@ func (a *app) clusterWait(c *cli.Context) error {
 		}
 		select {
 		case <-ctx.Done():
-			if c.Context.Err() != nil {
-				return c.Context.Err()
+			if c.Err() != nil {
+				return c.Err()
 			}
 			return bus.E(bus.Unavailable, "not ready in time: %s", said).WithHint("unibusctl cluster status")
 		case <-time.After(500 * time.Millisecond):

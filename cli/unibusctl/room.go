@@ -140,8 +140,13 @@ func (a *app) roomShow(c *cli.Context, d *direct) error {
 	}{roomViewOf(d.view, room, rev), membersOf(d.view, room.ID, false)}
 	return a.print(map[string]any{"room": v}, func(t table.Writer) {
 		t.AppendRows([]table.Row{
-			{"room", v.Room}, {"status", v.Status}, {"durable", v.Durable}, {"encrypted", v.Encrypted},
-			{"creator", v.Creator}, {"created", stamp(&v.CreatedAt)}, {"revision", v.Revision},
+			{"room", v.Room},
+			{"status", v.Status},
+			{"durable", v.Durable},
+			{"encrypted", v.Encrypted},
+			{"creator", v.Creator},
+			{"created", stamp(&v.CreatedAt)},
+			{"revision", v.Revision},
 		})
 		for _, m := range v.Members {
 			t.AppendRow(table.Row{"member " + string(m.Handle), m.Role})

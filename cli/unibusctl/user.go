@@ -150,8 +150,15 @@ func (a *app) userShow(c *cli.Context, d *direct) error {
 	}{viewOf(u, rev), rooms}
 	return a.print(map[string]any{"user": v}, func(t table.Writer) {
 		t.AppendRows([]table.Row{
-			{"handle", v.Handle}, {"role", v.Role}, {"status", v.Status}, {"nkey", v.NKey}, {"sign_pub", v.SignPub.Hex()},
-			{"created", stamp(&v.CreatedAt)}, {"expires", stamp(v.ExpiresAt)}, {"revoked", stamp(v.RevokedAt)}, {"revision", v.Revision},
+			{"handle", v.Handle},
+			{"role", v.Role},
+			{"status", v.Status},
+			{"nkey", v.NKey},
+			{"sign_pub", v.SignPub.Hex()},
+			{"created", stamp(&v.CreatedAt)},
+			{"expires", stamp(v.ExpiresAt)},
+			{"revoked", stamp(v.RevokedAt)},
+			{"revision", v.Revision},
 		})
 		for _, g := range rooms {
 			t.AppendRow(table.Row{"room " + string(g.Room), g.Role})
