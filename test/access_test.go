@@ -155,7 +155,10 @@ func replyAttack(t *testing.T, w *world, all []rights) {
 		}
 		tried++
 		mark := fmt.Sprintf("reply-%d", tried)
-		if err := asker.Pub(own, s, mark); err != nil {
+		switch err := asker.Pub(own, s, mark); {
+		case errors.Is(err, wire.ErrDenied): // the server reserves some replies to itself
+			continue
+		case err != nil:
 			t.Fatalf("a publish to the own room with reply %q: %v", s, err)
 		}
 		m, err := answerer.Await(func(m wire.Message) bool { return m.Payload == mark })

@@ -154,7 +154,7 @@ func TestCurrencyManyRewritesWithinALag(t *testing.T) {
 	started := time.Now()
 	for i := range 100 {
 		value := []bus.RoomRole{bus.Reader, bus.Writer, bus.Owner}[i%3]
-		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+		ctx, cancel := context.WithTimeout(t.Context(), 12*time.Millisecond)
 		_, err := w.store.SetMember(ctx, "flip", p.key, value)
 		cancel()
 		var u *kv.Unproven

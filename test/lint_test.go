@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go"
+
 	"unibus.internal/test/cluster"
 )
 
@@ -193,4 +195,47 @@ func reload(t *testing.T, c *cluster.Cluster, i int) (refused bool) {
 		return nil
 	})
 	return refused
+}
+
+// Every reload closes what the auth callout admitted on that server, also one
+// that changes nothing: this is what --against warns of. Nobody else notices.
+func TestEveryReloadDropsBusUsers(t *testing.T) {
+	w := newWorld(t, cluster.Options{})
+	running := filepath.Join(t.TempDir(), "running")
+	if err := os.CopyFS(running, os.DirFS(w.Etc(1))); err != nil {
+		t.Fatal(err)
+	}
+	connect := func(node int) *nats.Conn {
+		nc, err := w.Dial(node, append(w.admin.options(w.CA()), nats.ReconnectWait(100*time.Millisecond), nats.MaxReconnects(-1), nats.IgnoreAuthErrorAbort())...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return nc
+	}
+	here, elsewhere := connect(1), connect(2)
+	for _, change := range []struct{ name, file, old, replacement string }{
+		{"nothing", "conf.d/local.conf", "", "# nothing"},
+		{"a limit", "nats-server.conf", "max_connections:   10000", "max_connections: 20000"},
+		{"an account", "conf.d/accounts.conf", "  BUS {", "  OTHER {}\n  BUS {"},
+	} {
+		n := node1{t, w.Cluster}
+		n.edit(change.file, change.old, change.replacement)
+		r := n.check("--against", running)
+		if foretold := strings.Contains(r.Stdout, "closes the connections of all bus users"); foretold != (change.name != "nothing") {
+			t.Errorf("%s: foretold=%t\n%s", change.name, foretold, r.Stdout)
+		}
+		before := here.Stats().Reconnects
+		if reload(t, w.Cluster, 1) {
+			t.Fatalf("%s: the reload was refused", change.name)
+		}
+		cluster.WaitFor(t, 20*time.Second, "the connection to be closed and to come back", func() error {
+			if here.Stats().Reconnects == before || !here.IsConnected() {
+				return fmt.Errorf("%d reconnects, %s", here.Stats().Reconnects-before, here.Status())
+			}
+			return nil
+		})
+	}
+	if err := elsewhere.FlushTimeout(5 * time.Second); err != nil || elsewhere.Stats().Reconnects > 0 {
+		t.Errorf("the connection to another node: %d reconnects, %v", elsewhere.Stats().Reconnects, err)
+	}
 }

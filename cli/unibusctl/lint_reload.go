@@ -1,7 +1,9 @@
 package main
 
 import (
+	"bytes"
 	"fmt"
+	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -9,23 +11,52 @@ import (
 )
 
 // against compares with the configuration that runs now, and tells what
-// putting the new one into effect does.
+// putting the new one into effect does. nats-server 2.15.2 authorizes every
+// client again at every reload it accepts (accounts and users are always in
+// the result of Server.diffOptions), and closes those whose key is not in the
+// configuration: all that the auth callout admitted.
 func (l *linter) against(old string) {
 	before, err := readConf(filepath.Join(old, filepath.FromSlash(mainConf)), l.getenv)
 	if err != nil {
 		l.unknown(confPos{file: old}, "cannot be compared: "+err.Error(), "name with --against the directory that the server runs with")
 		return
 	}
-	for _, c := range changes(before.root, l.conf.root) {
+	var reloaded []string
+	first := confPos{}
+	for _, c := range append(changes(before.root, l.conf.root), l.certificateChanges(old)...) {
 		switch effect, why := c.effect(); effect {
 		case effectRestart:
 			l.warning(c.at, fmt.Sprintf("%s: a reload is refused as a whole, %s", c, why), "restart the nodes one at a time: unibusctl cluster wait between them")
 		case effectLeave:
 			l.warning(c.at, fmt.Sprintf("%s: after a reload the other nodes refuse this one", c), "keep it; a cluster gets another name only when all nodes are stopped")
-		case effectDrop:
-			l.warning(c.at, fmt.Sprintf("%s: a reload closes the connections of the bus users on this server; they reconnect", c), "reload one node at a time, at a quiet hour")
+		case effectReload:
+			if len(reloaded) == 0 {
+				first = c.at
+			}
+			reloaded = append(reloaded, c.String())
 		}
 	}
+	if len(reloaded) > 0 {
+		l.warning(first, strings.Join(reloaded, ", ")+": a reload, whatever it changes, closes the connections of all bus users on this server; they reconnect",
+			"reload one node at a time, at a quiet hour")
+	}
+}
+
+// certificateChanges compares the files that a reload reads besides the
+// configuration.
+func (l *linter) certificateChanges(old string) []change {
+	var out []change
+	for _, r := range references() {
+		name := filepath.Join("tls", r.want)
+		path := l.path(name)
+		before, errBefore := os.ReadFile(filepath.Join(old, name))
+		now, errNow := os.ReadFile(path)
+		if errBefore == nil && errNow == nil && !bytes.Equal(before, now) {
+			v := &confValue{}
+			out = append(out, change{filepath.ToSlash(name), v, v, confPos{file: path}})
+		}
+	}
+	return out
 }
 
 // change is one setting that differs.
@@ -69,18 +100,19 @@ func reloadRules() []reloadRule {
 	}
 	return []reloadRule{
 		rule(`authorization\.(auth_callout|auth_hook)(\..*)?`, effectRestart, "for the auth callout is read at start only"),
-		rule(`(accounts|authorization|no_auth_user)(\..*)?`, effectDrop, ""),
+		rule(`(accounts|authorization)(\..*)?`, effectReload, ""),
 		rule(`cluster\.name`, effectLeave, ""),
 		rule(`cluster\.(listen|host|net|port)`, effectRestart, "for the route listener stays as it started"),
 		rule(`cluster(\..*)?`, effectReload, ""),
 		rule(`jetstream\.max_(file|memory|mem)(_store)?`, effectReload, ""), // effect knows which way
 		rule(`jetstream\.limits(\..*)?`, effectReload, ""),
 		rule(`jetstream(\..*)?`, effectRestart, "for JetStream reads it at start only"),
+		rule(`tls/.*`, effectReload, ""),
 		rule(`(tls|server_tags|server_metadata|logging)(\..*)?`, effectReload, ""),
 		rule(`debug|trace|trace_verbose|trace_headers|logtime|logtime_utc|logfile|log_file|syslog|remote_syslog`, effectReload, ""),
 		rule(`max_connections|max_conn|max_payload|max_control_line|max_traced_msg_len|ping_interval|ping_max|write_deadline`, effectReload, ""),
 		rule(`pidfile|pid_file|ports_file_dir|client_advertise|connect_error_reports|reconnect_error_reports|no_fast_producer_stall`, effectReload, ""),
-		rule(`[A-Z][A-Z0-9_]*`, effectReload, ""), // a variable: what matters is where it is used
+		rule(`[A-Z][A-Z0-9_]*`, effectNone, ""), // a variable: what matters is where it is used
 		rule(`.*`, effectRestart, "for the server reads it at start only"),
 	}
 }

@@ -354,9 +354,10 @@ func TestLintAgainstTheRunningConfiguration(t *testing.T) {
 		{"nothing", func(*lintLab) {}, ""},
 		{"a comment", func(l *lintLab) { l.add(localConf, "# hello\n") }, ""},
 		{"the same number spelled otherwise", edit(mainConf, "max_payload:       1MB", "max_payload: 1048576"), ""},
-		{"a limit", edit(mainConf, "max_connections:   10000", "max_connections: 20000"), ""},
-		{"log level", func(l *lintLab) { l.add(localConf, "debug: true\n") }, ""},
-		{"a larger store", edit(jetstreamConf, "max_file_store:   16GB", "max_file_store: 17GB"), ""},
+		{"a limit", edit(mainConf, "max_connections:   10000", "max_connections: 20000"), "max_connections was changed: a reload, whatever it changes, closes"},
+		{"log level", func(l *lintLab) { l.add(localConf, "debug: true\n") }, "debug was added: a reload, whatever"},
+		{"a new certificate", func(l *lintLab) { l.copyFile(l.file("pki/n1/api.crt"), "tls/server.crt") }, "tls/server.crt was changed: a reload, whatever"},
+		{"a larger store", edit(jetstreamConf, "max_file_store:   16GB", "max_file_store: 17GB"), "max_file_store was changed: a reload, whatever"},
 		{"a smaller store", edit(jetstreamConf, "max_file_store:   16GB", "max_file_store: 15900MB"), "jetstream.max_file_store was changed: a reload is refused"},
 		{"store_dir", edit(mainConf, "store_dir: $JETSTREAM_DIR", `store_dir: "/elsewhere"`), "jetstream.store_dir was changed: a reload is refused"},
 		{"unique_tag", func(l *lintLab) { l.add(jetstreamConf, "unique_tag: az\n") }, "jetstream.unique_tag was added: a reload is refused"},
@@ -367,7 +368,7 @@ func TestLintAgainstTheRunningConfiguration(t *testing.T) {
 		{"monitor", edit(nodeConf, `127.0.0.1:8222`, `127.0.0.1:8223`), "http was changed: a reload is refused"},
 		{"callout", edit(accountsConf, "    issuer: ", "    users: []\n    issuer: "), "authorization.auth_callout.users was added: a reload is refused"},
 		{"a permission", edit(accountsConf, `publish: ["notice.*.>"]`, `publish: ["notice.*.>", "x"]`), "closes the connections of the bus users"},
-		{"a new account", edit(accountsConf, "  BUS {", "  OTHER {}\n  BUS {"), "accounts.OTHER was added: a reload closes"},
+		{"a new account", edit(accountsConf, "  BUS {", "  OTHER {}\n  BUS {"), "accounts.OTHER was added: a reload, whatever"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			l := lab.render(t)

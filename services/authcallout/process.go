@@ -277,6 +277,10 @@ func (p *process) tell() {
 	}
 }
 
+// provePathTries, half a second apart, are more than a server needs to learn
+// of a new subscription and less than an operator's patience.
+const provePathTries = 20
+
 // provePath connects to the own server without credentials and with an unknown
 // key. Both must be refused, and the second must have been asked of us: a
 // server that does not ask would refuse every member, or admit anybody.
@@ -289,7 +293,7 @@ func (p *process) provePath(ctx context.Context) error {
 		if err := p.view.WaitLease(ctx); err != nil {
 			return nil // stopping
 		}
-		if !p.service.Joined() {
+		if !p.listening() {
 			pause(ctx, 100*time.Millisecond)
 			continue
 		}
@@ -316,6 +320,16 @@ const (
 	probes     = 50
 	probePause = 200 * time.Millisecond
 )
+
+// listening reports whether the own server can ask this instance now.
+func (p *process) listening() bool {
+	for _, nc := range p.auth {
+		if !nc.IsConnected() {
+			return false
+		}
+	}
+	return p.service.Joined()
+}
 
 func (p *process) probe(roots *tls.Config) (arrived, admitted, refused bool) {
 	kp, err := nkeys.CreateUser()
