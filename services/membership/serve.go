@@ -75,7 +75,8 @@ func serve(ctx context.Context, c config, log *slog.Logger, p parts) int {
 	if code == 0 {
 		select {
 		case <-time.After(c.drainDelay):
-		case <-failed:
+		case err := <-failed:
+			log.Error("a listener failed", "err", err)
 		}
 	}
 	bound, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)

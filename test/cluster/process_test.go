@@ -84,7 +84,7 @@ func TestChildrenDieWithTheirTest(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		fmt.Printf("pid=%d\n", ch.PID)
+		fmt.Fprintf(os.Stdout, "pid=%d\n", ch.PID)
 		select {}
 	}
 	cmd := exec.Command(os.Args[0], "-test.run=^TestChildrenDieWithTheirTest$")

@@ -50,21 +50,16 @@ const (
 	// effectMargin covers whole seconds and clocks that differ: after
 	// answerLife and this, no server acts on the answer any more.
 	effectMargin = 3 * time.Second
-	queueLength  = 1024
+	// staleAfter is the age, by the asking server's clock in whole seconds, at
+	// which nobody waits for the answer any more: a paused process wakes up to
+	// a queue of such requests.
+	staleAfter  = 4 * time.Second
+	queueLength = 1024
 )
-
-// Source is what decisions are made from. *kv.View is the one there is.
-type Source interface {
-	Hold(bus.UserKey) *kv.Hold
-	Lease() (until time.Time, held bool)
-	Barrier(context.Context) error
-	Access(bus.UserKey) (*kv.Access, error)
-	PlainAccess(context.Context, bus.UserKey) (*kv.Access, error)
-}
 
 // Config configures a Service.
 type Config struct {
-	View    Source
+	View    *kv.View
 	Keys    []Keys        // current first; a second generation during a rotation
 	TTL     time.Duration // of an admission without an expiry of its own
 	Log     *slog.Logger
@@ -187,12 +182,12 @@ func (s *Service) work(ctx context.Context) {
 	for {
 		select {
 		case j := <-s.jobs:
-			s.answer(j)
+			s.answer(ctx, j)
 		case <-ctx.Done():
 			for { // drain: what was delivered gets its answer
 				select {
 				case j := <-s.jobs:
-					s.answer(j)
+					s.answer(ctx, j)
 				default:
 					return
 				}
@@ -201,14 +196,14 @@ func (s *Service) work(ctx context.Context) {
 	}
 }
 
-// answer handles one request from bytes to bytes.
-func (s *Service) answer(j job) {
+// answer handles one request from bytes to bytes, also while stopping.
+func (s *Service) answer(ctx context.Context, j job) {
 	s.cfg.Metrics.queue.Set(float64(len(s.jobs)))
 	if s.cfg.Now().Sub(j.received) > Deadline {
 		s.cfg.Metrics.shed.Inc()
 		return
 	}
-	ctx, cancel := context.WithDeadline(context.Background(), j.received.Add(Deadline))
+	ctx, cancel := context.WithDeadline(context.WithoutCancel(ctx), j.received.Add(Deadline))
 	defer cancel()
 	c, err := s.opener.open(j.msg)
 	if err != nil {
@@ -217,7 +212,7 @@ func (s *Service) answer(j job) {
 	}
 	req, why := c.prove()
 	if why != "" {
-		s.deny(j, c, nil, denial(why))
+		s.deny(j, c, denial(why), nil)
 		return
 	}
 	s.sawProbe(req.User)
@@ -236,11 +231,11 @@ func (s *Service) decideAndReply(ctx context.Context, j job, c *call, req Reques
 	}()
 	access, until, out := s.lookupAndDecide(ctx, req)
 	switch {
-	case out.silent():
-		s.record(j, &req, out, access)
+	case out.quiet:
+		s.record(j, c, out, access)
 		return
 	case !out.allow:
-		s.deny(j, c, &req, out)
+		s.deny(j, c, out, access)
 		return
 	}
 	now := s.cfg.Now()
@@ -250,26 +245,31 @@ func (s *Service) decideAndReply(ctx context.Context, j job, c *call, req Reques
 	}
 	reply, err := s.minter.admit(c, req, access, expires)
 	if err != nil {
-		s.record(j, &req, silence("mint", err), access)
+		s.record(j, c, silence("mint", err), access)
 		return
 	}
 	if d := guard.Delay("reply"); d > 0 {
-		time.Sleep(d)
+		<-time.After(d)
 	}
 	// The process may have been paused since the lease was checked. A pause
 	// after this line is caught by the answer's own expiry.
 	if _, held := s.cfg.View.Lease(); !held && !guard.Off(guard.FreshReads) {
-		s.record(j, &req, silence("lease_lost", nil), access)
+		s.record(j, c, silence("lease_lost", nil), access)
 		return
 	}
 	kept = true
 	s.effects.begin(c, hold, expires.Sub(now)+effectMargin)
-	if err := j.msg.Respond(reply); err != nil {
-		s.effects.end(c.serverID, c.clientID)
-		s.record(j, &req, silence("reply", err), access)
+	err = j.msg.Respond(reply)
+	if err == nil {
+		s.record(j, c, out, access)
 		return
 	}
-	s.record(j, &req, out, access)
+	s.effects.end(c.serverID, c.clientID)
+	if errors.Is(err, nats.ErrMaxPayload) { // it will not fit the next time either
+		s.deny(j, c, outcome{reason: "too_large", alert: true, err: err}, access)
+		return
+	}
+	s.record(j, c, silence("reply", err), access)
 }
 
 // lookupAndDecide decides on the View under a lease. Any refusal of a proven
@@ -299,7 +299,7 @@ func (s *Service) lookupAndDecide(ctx context.Context, req Request) (*kv.Access,
 	return access, until, decide(access, err, s.cfg.Now())
 }
 
-func (s *Service) deny(j job, c *call, req *Request, out outcome) {
+func (s *Service) deny(j job, c *call, out outcome, access *kv.Access) {
 	reply, err := s.minter.deny(c, s.cfg.Now().Add(answerLife))
 	if err == nil {
 		err = j.msg.Respond(reply)
@@ -307,17 +307,19 @@ func (s *Service) deny(j job, c *call, req *Request, out outcome) {
 	if err != nil {
 		out = silence("reply", err)
 	}
-	s.record(j, req, out, nil)
+	s.record(j, c, out, access)
 }
 
-// record writes the one log line and counts.
-func (s *Service) record(j job, req *Request, out outcome, access *kv.Access) {
+// record writes the one log line of a decision and counts it. The key in it is
+// proven only where the result is allow or the reason is about a user; c is nil
+// for a request that no genuine server made.
+func (s *Service) record(j job, c *call, out outcome, access *kv.Access) {
 	took := s.cfg.Now().Sub(j.received)
 	s.cfg.Metrics.requests.WithLabelValues(out.result(), out.reason).Inc()
 	s.cfg.Metrics.duration.Observe(took.Seconds())
 	args := []any{"result", out.result(), "reason", out.reason, "ms", float64(took.Microseconds()) / 1000}
-	if req != nil {
-		args = append(args, "user", req.User.NKey(), "server", req.ServerName, "client", req.ClientID, "host", req.Host)
+	if c != nil {
+		args = append(args, "key", shown(c.nkey), "server", c.serverName, "client", c.clientID, "host", c.host)
 	}
 	if access != nil {
 		args = append(args, "handle", access.User.Handle, "rooms", len(access.Rooms))
@@ -332,18 +334,26 @@ func (s *Service) record(j job, req *Request, out outcome, access *kv.Access) {
 	s.cfg.Log.Log(context.Background(), level, "connect", args...)
 }
 
+// shown bounds what a stranger can put into the log.
+func shown(s string) string { return s[:min(len(s), 56)] }
+
 // Connected tells that a server has opened the connection that an answer of
 // ours admitted: that answer has had its effect.
 func (s *Service) Connected(serverID string, clientID uint64) { s.effects.end(serverID, clientID) }
 
 // Expect returns a channel that is closed when a request of this key, properly
-// proven, arrives here: start-up uses it to see that servers do ask us.
-func (s *Service) Expect(k bus.UserKey) <-chan struct{} {
+// proven, arrives here: start-up uses it to see that servers do ask us. forget
+// ends the expectation.
+func (s *Service) Expect(k bus.UserKey) (seen <-chan struct{}, forget func()) {
+	ch := make(chan struct{})
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	ch := make(chan struct{})
 	s.probes[k] = ch
-	return ch
+	return ch, func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		delete(s.probes, k)
+	}
 }
 
 func (s *Service) sawProbe(k bus.UserKey) {
