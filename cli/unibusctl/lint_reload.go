@@ -79,10 +79,10 @@ func (c change) String() string {
 type effect int
 
 const (
-	effectReload  effect = iota // takes effect without anyone noticing
-	effectDrop                  // closes the connections of the bus users
+	effectNone    effect = iota // nothing by itself
+	effectReload                // taken over by a reload
 	effectLeave                 // takes the node out of its cluster
-	effectRestart               // refused
+	effectRestart               // refused by a reload
 )
 
 // reloadRule says what a change of matching keys does; the first match counts.

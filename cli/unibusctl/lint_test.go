@@ -43,7 +43,7 @@ func (l *lintLab) render(t *testing.T) *lintLab {
 	t.Helper()
 	n := &lintLab{t: t, root: l.root, dir: filepath.Join(t.TempDir(), "etc"), now: l.now}
 	n.unibusctl("config", "render", "--inventory", n.file("nodes.env"), "--secrets", n.file("secrets"),
-		"--pki", n.file("pki"), "--node", "n1", "--out", n.dir)
+		"--pki", n.file("pki"), "--node", "n1", "--out", n.dir, "--etc", "/etc/unibus")
 	return n
 }
 
@@ -367,7 +367,7 @@ func TestLintAgainstTheRunningConfiguration(t *testing.T) {
 		{"cluster name", edit(clusterConf, `name: "unibus"`, `name: "other"`), "after a reload the other nodes refuse this one"},
 		{"monitor", edit(nodeConf, `127.0.0.1:8222`, `127.0.0.1:8223`), "http was changed: a reload is refused"},
 		{"callout", edit(accountsConf, "    issuer: ", "    users: []\n    issuer: "), "authorization.auth_callout.users was added: a reload is refused"},
-		{"a permission", edit(accountsConf, `publish: ["notice.*.>"]`, `publish: ["notice.*.>", "x"]`), "closes the connections of the bus users"},
+		{"a permission", edit(accountsConf, `publish: ["notice.*.>"]`, `publish: ["notice.*.>", "x"]`), "closes the connections of all bus users"},
 		{"a new account", edit(accountsConf, "  BUS {", "  OTHER {}\n  BUS {"), "accounts.OTHER was added: a reload, whatever"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
