@@ -7,6 +7,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"flag"
@@ -18,11 +19,11 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"strings"
 	"syscall"
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nkeys"
 
 	"unibus.internal/bus/kv"
 	"unibus.internal/services/authcallout/callout"
@@ -37,11 +38,14 @@ const (
 	// connection one after another.
 	authConnections = 2
 	inbox           = "_INBOX_authcallout"
+	authSeed        = "authcallout-auth.nk"
+	ctrlSeed        = "authcallout-ctrl.nk"
 )
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
+	signal.Ignore(syscall.SIGHUP) // there is nothing to reload, and a reload of all units must not end this one
 	os.Exit(run(ctx, os.Args[1:], os.Getenv, os.Stderr))
 }
 
@@ -50,6 +54,8 @@ type config struct {
 	node, natsURL, ca, creds string
 	adminListen, issuer      string
 	lease, ttl               time.Duration
+	logFormat                string
+	secured                  bool // the seeds' modes are systemd's business
 	check                    bool
 }
 
@@ -72,6 +78,7 @@ func parseConfig(args []string, getenv func(string) string, stderr io.Writer) (c
 	fs.StringVar(&c.issuer, "issuer", env("UNIBUS_ISSUER", ""), "public key that issuer.nk must have ($UNIBUS_ISSUER)")
 	fs.StringVar(&lease, "lease", env("UNIBUS_LEASE", "10s"), "how long a barrier allows decisions, 1s to 10s ($UNIBUS_LEASE)")
 	fs.StringVar(&ttl, "user-ttl", env("UNIBUS_USER_TTL", "12h"), "how long a session lives at most ($UNIBUS_USER_TTL)")
+	fs.StringVar(&c.logFormat, "log-format", env("UNIBUS_LOG_FORMAT", "text"), "text or json ($UNIBUS_LOG_FORMAT)")
 	fs.BoolVar(&c.check, "check", false, "check the configuration and exit")
 	if err := fs.Parse(args); err != nil {
 		return c, err
@@ -82,6 +89,7 @@ func parseConfig(args []string, getenv func(string) string, stderr io.Writer) (c
 	var err1, err2 error
 	c.lease, err1 = time.ParseDuration(lease)
 	c.ttl, err2 = time.ParseDuration(ttl)
+	c.secured = c.creds == getenv("CREDENTIALS_DIRECTORY")
 	host, _, err3 := net.SplitHostPort(c.adminListen)
 	ip := net.ParseIP(host)
 	switch {
@@ -89,6 +97,8 @@ func parseConfig(args []string, getenv func(string) string, stderr io.Writer) (c
 		return c, fmt.Errorf("lease %q is not a duration from 1s to 10s", lease)
 	case err2 != nil:
 		return c, fmt.Errorf("user ttl %q is not a duration", ttl)
+	case c.logFormat != "text" && c.logFormat != "json":
+		return c, fmt.Errorf("log format %q is not text or json", c.logFormat)
 	case c.node == "":
 		return c, errors.New("the node has no name; set UNIBUS_NODE")
 	case err3 != nil || ip == nil || !ip.IsLoopback():
@@ -106,11 +116,15 @@ func run(ctx context.Context, args []string, getenv func(string) string, stderr 
 	if err != nil {
 		return fail(log, exitConfig, err)
 	}
-	keys, err := loadKeys(c.creds, c.issuer)
+	if c.logFormat == "json" {
+		log = slog.New(slog.NewJSONHandler(stderr, nil))
+	}
+	p, err := prepare(c, log)
 	if err != nil {
 		return fail(log, exitConfig, err)
 	}
 	if c.check {
+		fmt.Fprintln(stderr, "unibus-authcallout: the configuration is valid")
 		return 0
 	}
 	admin, err := net.Listen("tcp", c.adminListen)
@@ -118,7 +132,6 @@ func run(ctx context.Context, args []string, getenv func(string) string, stderr 
 		return fail(log, exitUnavailable, err)
 	}
 	defer func() { _ = admin.Close() }()
-	p := newProcess(c, log, keys)
 	p.startAdmin(admin)
 	if err := p.inspectServer(ctx); err != nil {
 		return fail(log, exitConfig, err)
@@ -126,11 +139,36 @@ func run(ctx context.Context, args []string, getenv func(string) string, stderr 
 	if ctx.Err() != nil {
 		return 0
 	}
+	defer p.closeConnections()
 	if err := p.connect(); err != nil {
 		return fail(log, exitConfig, err)
 	}
-	defer p.closeConnections()
 	return p.serve(ctx)
+}
+
+// prepare reads every file the service needs, so that -check finds what a start
+// would.
+func prepare(c config, log *slog.Logger) (*process, error) {
+	keys, err := loadKeys(c)
+	if err != nil {
+		return nil, err
+	}
+	trust, err := trustIn(c.ca)
+	if err != nil {
+		return nil, err
+	}
+	for _, seed := range []string{authSeed, ctrlSeed} {
+		raw, err := readSecret(c, seed)
+		if err != nil {
+			return nil, err
+		}
+		prefix, _, err := nkeys.DecodeSeed(raw)
+		clear(raw)
+		if err != nil || prefix != nkeys.PrefixByteUser {
+			return nil, fmt.Errorf("%s does not hold a user seed (SU...)", filepath.Join(c.creds, seed))
+		}
+	}
+	return newProcess(c, log, keys, trust), nil
 }
 
 func fail(log *slog.Logger, code int, err error) int {
@@ -140,17 +178,17 @@ func fail(log *slog.Logger, code int, err error) int {
 
 // loadKeys reads the current generation, and the next one if a rotation is
 // under way.
-func loadKeys(dir, wantIssuer string) ([]callout.Keys, error) {
+func loadKeys(c config) ([]callout.Keys, error) {
 	var keys []callout.Keys
 	for _, suffix := range []string{"", "-next"} {
-		issuer, err := readSecret(filepath.Join(dir, "issuer"+suffix+".nk"))
+		issuer, err := readSecret(c, "issuer"+suffix+".nk")
 		if suffix != "" && errors.Is(err, fs.ErrNotExist) {
 			break
 		}
 		if err != nil {
 			return nil, err
 		}
-		curve, err := readSecret(filepath.Join(dir, "xkey"+suffix+".nk"))
+		curve, err := readSecret(c, "xkey"+suffix+".nk")
 		if err != nil {
 			return nil, err
 		}
@@ -158,36 +196,39 @@ func loadKeys(dir, wantIssuer string) ([]callout.Keys, error) {
 		clear(issuer)
 		clear(curve)
 		if err != nil {
-			return nil, fmt.Errorf("%s: %w", dir, err)
+			return nil, fmt.Errorf("%s, issuer%s.nk and xkey%s.nk: %w", c.creds, suffix, suffix, err)
 		}
 		keys = append(keys, k)
 	}
-	if wantIssuer != "" && keys[0].Issuer.Public != wantIssuer {
-		return nil, fmt.Errorf("%s holds the seed of %s, and UNIBUS_ISSUER is %s", filepath.Join(dir, "issuer.nk"), keys[0].Issuer.Public, wantIssuer)
+	for _, k := range keys {
+		if c.issuer == "" || k.Issuer.Public == c.issuer {
+			return keys, nil
+		}
 	}
-	return keys, nil
+	return nil, fmt.Errorf("%s holds the seed of %s, and UNIBUS_ISSUER is %s", filepath.Join(c.creds, "issuer.nk"), keys[0].Issuer.Public, c.issuer)
 }
 
 // readSecret refuses a file that others may read: whoever holds the issuer
 // seed can open a session in any account.
-func readSecret(path string) ([]byte, error) {
+func readSecret(c config, name string) ([]byte, error) {
+	path := filepath.Join(c.creds, name)
 	st, err := os.Stat(path)
 	if err != nil {
-		return nil, fmt.Errorf("seed: %w", err)
+		return nil, fmt.Errorf("cannot read a seed: %w", err)
 	}
-	if st.Mode().Perm()&0o077 != 0 && os.Getenv("CREDENTIALS_DIRECTORY") == "" {
+	if st.Mode().Perm()&0o077 != 0 && !c.secured {
 		return nil, fmt.Errorf("%s is readable by others: chmod 600 %s", path, path)
 	}
 	raw, err := os.ReadFile(path)
 	if err != nil {
-		return nil, fmt.Errorf("seed: %w", err)
+		return nil, fmt.Errorf("cannot read a seed: %w", err)
 	}
-	return []byte(strings.TrimSpace(string(raw))), nil
+	return bytes.TrimSpace(raw), nil
 }
 
 func (p *process) link(seed, purpose string) kv.Link {
 	return kv.Link{
-		URL: p.cfg.natsURL, SeedFile: filepath.Join(p.cfg.creds, seed+".nk"), CAFile: p.cfg.ca,
+		URL: p.cfg.natsURL, SeedFile: filepath.Join(p.cfg.creds, seed), CAFile: p.cfg.ca,
 		Name: "unibus-authcallout " + p.cfg.node + " " + purpose, Inbox: inbox, Timeout: 5 * time.Second,
 		Options: []nats.Option{nats.ErrorHandler(p.natsError)},
 	}

@@ -36,6 +36,7 @@ type process struct {
 	cfg     config
 	log     *slog.Logger
 	keys    []callout.Keys
+	trust   *tls.Config
 	reg     *prometheus.Registry
 	status  atomic.Value // string, for systemd and /readyz
 	auth    []*nats.Conn
@@ -46,8 +47,8 @@ type process struct {
 	leases  chan bool
 }
 
-func newProcess(cfg config, log *slog.Logger, keys []callout.Keys) *process {
-	p := &process{cfg: cfg, log: log, keys: keys, reg: prometheus.NewRegistry(), leases: make(chan bool, 16)}
+func newProcess(cfg config, log *slog.Logger, keys []callout.Keys, trust *tls.Config) *process {
+	p := &process{cfg: cfg, log: log, keys: keys, trust: trust, reg: prometheus.NewRegistry(), leases: make(chan bool, 16)}
 	p.say("starting")
 	info := prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "unibus_build_info", Help: "The running build.",
@@ -90,10 +91,8 @@ func (p *process) inspectServer(ctx context.Context) error {
 		info, err := readInfo(ctx, p.cfg.natsURL)
 		if err != nil {
 			p.say("waiting for the own nats-server: " + err.Error())
-			select {
-			case <-ctx.Done():
-			case <-time.After(500 * time.Millisecond):
-			}
+			_, _ = daemon.SdNotify(false, daemon.SdNotifyWatchdog)
+			pause(ctx, 500*time.Millisecond)
 			continue
 		}
 		return info.fault(p.cfg.natsURL)
@@ -137,13 +136,13 @@ func readInfo(ctx context.Context, server string) (info serverInfo, err error) {
 
 func (p *process) connect() (err error) {
 	for n := range authConnections {
-		nc, err := kv.Connect(p.link("authcallout-auth", fmt.Sprintf("auth %d", n+1)))
+		nc, err := kv.Connect(p.link(authSeed, fmt.Sprintf("auth %d", n+1)))
 		if err != nil {
 			return err
 		}
 		p.auth = append(p.auth, nc)
 	}
-	if p.ctrl, err = kv.Connect(p.link("authcallout-ctrl", "control")); err != nil {
+	if p.ctrl, err = kv.Connect(p.link(ctrlSeed, "control")); err != nil {
 		return err
 	}
 	p.view, err = kv.NewView(kv.ViewConfig{
@@ -217,7 +216,6 @@ func (p *process) serve(ctx context.Context) int {
 	var work, view sync.WaitGroup
 	work.Go(func() { p.service.Run(answering) })
 	view.Go(func() { p.view.Run(deciding) })
-	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady)
 	proven := make(chan error, 1)
 	go func() { proven <- p.provePath(answering) }()
 	tick := time.NewTicker(2 * time.Second)
@@ -285,10 +283,6 @@ const provePathTries = 20
 // key. Both must be refused, and the second must have been asked of us: a
 // server that does not ask would refuse every member, or admit anybody.
 func (p *process) provePath(ctx context.Context) error {
-	roots, err := caPool(p.cfg.ca)
-	if err != nil {
-		return err
-	}
 	for asked := 0; ctx.Err() == nil; {
 		if err := p.view.WaitLease(ctx); err != nil {
 			return nil // stopping
@@ -297,7 +291,7 @@ func (p *process) provePath(ctx context.Context) error {
 			pause(ctx, 100*time.Millisecond)
 			continue
 		}
-		arrived, admitted, refused := p.probe(roots)
+		arrived, admitted, refused := p.probe()
 		switch {
 		case admitted:
 			return fmt.Errorf("%s admits strangers", p.cfg.natsURL)
@@ -331,7 +325,7 @@ func (p *process) listening() bool {
 	return p.service.Joined()
 }
 
-func (p *process) probe(roots *tls.Config) (arrived, admitted, refused bool) {
+func (p *process) probe() (arrived, admitted, refused bool) {
 	kp, err := nkeys.CreateUser()
 	if err != nil {
 		return false, false, false
@@ -341,8 +335,9 @@ func (p *process) probe(roots *tls.Config) (arrived, admitted, refused bool) {
 	if err != nil {
 		return false, false, false
 	}
-	seen := p.service.Expect(key)
-	common := []nats.Option{nats.Secure(roots), nats.NoReconnect(), nats.Timeout(2 * time.Second), nats.Name("unibus-authcallout probe")}
+	seen, forget := p.service.Expect(key)
+	defer forget()
+	common := []nats.Option{nats.Secure(p.trust), nats.NoReconnect(), nats.Timeout(2 * time.Second), nats.Name("unibus-authcallout probe")}
 	for _, own := range []nats.Option{nats.Nkey(pub, kp.Sign), nil} {
 		opts := common
 		if own != nil {
@@ -363,7 +358,7 @@ func (p *process) probe(roots *tls.Config) (arrived, admitted, refused bool) {
 	}
 }
 
-func caPool(file string) (*tls.Config, error) {
+func trustIn(file string) (*tls.Config, error) {
 	pem, err := os.ReadFile(file)
 	if err != nil {
 		return nil, fmt.Errorf("client CA: %w", err)
@@ -382,7 +377,9 @@ func pause(ctx context.Context, d time.Duration) {
 	}
 }
 
-// startAdmin serves metrics and profiles on loopback.
+// startAdmin serves metrics and profiles on loopback. From then on the unit
+// counts as started: were it to wait for a quorum, the first node of a cluster
+// could never start.
 func (p *process) startAdmin(ln net.Listener) {
 	mux := http.NewServeMux()
 	mux.Handle("/metrics", promhttp.HandlerFor(p.reg, promhttp.HandlerOpts{}))
@@ -398,6 +395,7 @@ func (p *process) startAdmin(ln net.Listener) {
 			p.log.Error("admin listener", "err", err)
 		}
 	}()
+	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady)
 }
 
 // serveReadyz is 200 while this instance answers and the path to it is proven.

@@ -327,11 +327,11 @@ func (s *Service) record(j job, c *call, out outcome, access *kv.Access) {
 	if out.err != nil {
 		args = append(args, "err", out.err)
 	}
-	level := slog.LevelInfo
 	if out.alert {
-		level = slog.LevelError
+		s.cfg.Log.Error("connect", args...)
+		return
 	}
-	s.cfg.Log.Log(context.Background(), level, "connect", args...)
+	s.cfg.Log.Info("connect", args...)
 }
 
 // shown bounds what a stranger can put into the log.

@@ -17,8 +17,6 @@ type outcome struct {
 	err    error
 }
 
-func (o outcome) silent() bool { return o.quiet }
-
 func (o outcome) result() string {
 	switch {
 	case o.allow:

@@ -50,10 +50,7 @@ type call struct {
 // Request is a client that has proven to hold the private half of User. Only
 // prove returns one: having it is the proof.
 type Request struct {
-	User       bus.UserKey
-	ServerName string
-	ClientID   uint64
-	Host       string
+	User bus.UserKey
 }
 
 // opener opens requests. Seals are computed once per server and key: each
@@ -73,6 +70,7 @@ func newOpener(keys []Keys, now func() time.Time) *opener {
 type requestClaims struct {
 	Audience string `json:"aud"`
 	Expires  int64  `json:"exp"`
+	IssuedAt int64  `json:"iat"`
 	Issuer   string `json:"iss"`
 	Subject  string `json:"sub"`
 	NATS     struct {
@@ -127,6 +125,8 @@ func (o *opener) open(m *nats.Msg) (*call, error) {
 		return nil, errors.New("the seal is not of the server that signed")
 	case claims.Expires <= o.now().Unix():
 		return nil, errors.New("the request has expired")
+	case o.now().Sub(time.Unix(claims.IssuedAt, 0)) > staleAfter:
+		return nil, fmt.Errorf("the request was made at %s: this process was paused, or a clock is off", time.Unix(claims.IssuedAt, 0).UTC().Format(time.TimeOnly))
 	case !ServerAtFloor(n.Server.Version):
 		return nil, fmt.Errorf("server %.40q is below the version floor", n.Server.Version)
 	case !nkeys.IsValidPublicUserKey(n.UserNKey):
@@ -254,7 +254,7 @@ func (c *call) prove() (req Request, why string) {
 	if !signed(key, c.nonce, c.sig) && !guard.Off(guard.ClientSignature) {
 		return Request{}, "signature"
 	}
-	return Request{User: key, ServerName: c.serverName, ClientID: c.clientID, Host: c.host}, ""
+	return Request{User: key}, ""
 }
 
 // signed accepts the two base64 forms that clients use.

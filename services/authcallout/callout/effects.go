@@ -3,8 +3,6 @@ package callout
 import (
 	"sync"
 	"time"
-
-	"unibus.internal/bus/kv"
 )
 
 // effects tracks answers that a server may still act on. Each keeps a hold, and
@@ -20,8 +18,11 @@ type effectKey struct {
 	client uint64
 }
 
+// releaser is a *kv.Hold.
+type releaser interface{ Release() }
+
 type effect struct {
-	hold  *kv.Hold
+	hold  releaser
 	timer *time.Timer
 }
 
@@ -32,7 +33,7 @@ func newEffects() *effects {
 }
 
 // begin is called before the answer is sent: the report may come at once.
-func (e *effects) begin(c *call, hold *kv.Hold, life time.Duration) {
+func (e *effects) begin(c *call, hold releaser, life time.Duration) {
 	k := effectKey{c.serverID, c.clientID}
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -46,7 +47,7 @@ func (e *effects) begin(c *call, hold *kv.Hold, life time.Duration) {
 func (e *effects) end(server string, client uint64) { e.finish(effectKey{server, client}, nil) }
 
 // finish ends one effect; only, if not nil, names the hold it must still be of.
-func (e *effects) finish(k effectKey, only *kv.Hold) {
+func (e *effects) finish(k effectKey, only releaser) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	x := e.open[k]

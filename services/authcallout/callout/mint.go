@@ -10,6 +10,7 @@ import (
 	"fmt"
 	mrand "math/rand/v2"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -148,21 +149,41 @@ func permit(a *kv.Access) permissions {
 	return p
 }
 
-// check is the second lock on permit: nothing leaves that would allow all, or
-// let a client answer on a subject somebody else chose.
-func (p permissions) check() error {
+// check is the second lock on permit: nothing leaves that would allow all, that
+// names another user, or that lets a client answer on a subject somebody else
+// chose.
+func (p permissions) check(user bus.UserKey) error {
+	if p.Resp != nil && !guard.Off(guard.NoReplyPermissions) {
+		return errors.New("response permissions are never given")
+	}
 	for _, r := range []rules{p.Pub, p.Sub} {
 		if len(r.Allow)+len(r.Deny) == 0 && !guard.Off(guard.EmptyPermissions) {
 			return errors.New("a direction without rules would allow everything")
 		}
-		if slices.Contains(r.Allow, "") || slices.Contains(r.Allow, ">") {
-			return errors.New("a rule would allow everything")
+	}
+	for _, s := range p.Pub.Allow {
+		if room, ok := roomOf(s); !ok || s != bus.RoomPublish(room, user) {
+			return fmt.Errorf("publish %q is no right of %s", s, user)
 		}
 	}
-	if p.Resp != nil && !guard.Off(guard.NoReplyPermissions) {
-		return errors.New("response permissions are never given")
+	for _, s := range p.Sub.Allow {
+		room, ok := roomOf(s)
+		inRoom := ok && (s == bus.RoomSubscribe(room) || s == bus.FeedSubscribe(room))
+		if !inRoom && s != bus.InboxSubscribe(user) && s != bus.NoticeSubscribe(user) {
+			return fmt.Errorf("subscribe %q is no right of %s", s, user)
+		}
 	}
 	return nil
+}
+
+// roomOf is the room that a subject names in its second token.
+func roomOf(subject string) (bus.RoomID, bool) {
+	tokens := strings.SplitN(subject, ".", 3)
+	if len(tokens) != 3 {
+		return "", false
+	}
+	id, err := bus.ParseRoomID(tokens[1])
+	return id, err == nil
 }
 
 // permissionsOf renders a user's permissions once per change.
@@ -173,7 +194,7 @@ func (m *minter) permissionsOf(a *kv.Access) (json.RawMessage, error) {
 		return r.permissions, nil
 	}
 	p := permit(a)
-	if err := p.check(); err != nil {
+	if err := p.check(a.User.Key); err != nil {
 		return nil, err
 	}
 	raw, err := json.Marshal(p)
