@@ -350,3 +350,17 @@ func (w *world) restartCallouts(key, value string) {
 		w.StartNode(i, cluster.Authcallout)
 	}
 }
+
+// TestCurrencySlowView lets every View apply changes a tenth of a second late: a
+// change returns only when they have, so no connect ever meets an old answer.
+func TestCurrencySlowView(t *testing.T) {
+	w := newWorld(t, cluster.Options{Controls: true, Env: map[cluster.Service]map[string]string{
+		cluster.Authcallout: {"UNIBUS_DELAY_APPLY": "100ms"},
+	}})
+	w.addRoom("probe", w.admin, kv.RoomOptions{})
+	for n := range 5 {
+		if err := w.round(n); err != nil {
+			t.Fatal(err)
+		}
+	}
+}

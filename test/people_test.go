@@ -1,10 +1,12 @@
 package test
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"testing"
@@ -14,6 +16,7 @@ import (
 	"github.com/nats-io/nkeys"
 
 	"unibus.internal/bus"
+	"unibus.internal/bus/guard"
 	"unibus.internal/bus/kv"
 	"unibus.internal/test/cluster"
 	"unibus.internal/test/wire"
@@ -79,6 +82,7 @@ type world struct {
 func newWorld(t testing.TB, o cluster.Options) *world {
 	t.Helper()
 	o.Authcallout, o.Membership = true, true
+	withoutGuard(&o)
 	w := &world{Cluster: cluster.Start(t, o), t: t}
 	trust, err := wire.Trust(w.CA())
 	if err != nil {
@@ -92,6 +96,43 @@ func newWorld(t testing.TB, o cluster.Options) *world {
 	}
 	w.waitAdmits(w.admin, w.Nodes()...)
 	return w
+}
+
+// withoutGuard passes the one protection that a negative control takes away on
+// to the services: see controls_test.go.
+func withoutGuard(o *cluster.Options) {
+	off := os.Getenv("UNIBUS_GUARD_OFF")
+	if off == "" {
+		return
+	}
+	o.Controls = true
+	if o.Env == nil {
+		o.Env = map[cluster.Service]map[string]string{}
+	}
+	for _, s := range []cluster.Service{cluster.Authcallout, cluster.Membership} {
+		env := maps.Clone(o.Env[s])
+		if env == nil {
+			env = map[string]string{}
+		}
+		env["UNIBUS_GUARD_OFF"] = off
+		o.Env[s] = env
+	}
+	if off == string(guard.FreshReads) { // a careless bus would allow the reads it decides on
+		o.Edit = func(l *cluster.Layout) error {
+			for i := range l.Ports {
+				file := filepath.Join(l.Etc(i+1), "nats", "conf.d", "accounts.conf")
+				text, err := os.ReadFile(file)
+				if err != nil {
+					return err
+				}
+				text = bytes.ReplaceAll(text, []byte(`"unibus.ack.*.*"`), []byte(`"unibus.ack.*.*", "$JS.API.DIRECT.GET.>"`))
+				if err := os.WriteFile(file, text, 0o600); err != nil {
+					return err
+				}
+			}
+			return nil
+		}
+	}
 }
 
 func (w *world) openStore() {

@@ -12,6 +12,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	"unibus.internal/bus"
+	"unibus.internal/bus/guard"
 )
 
 const (
@@ -260,6 +261,9 @@ func (v *View) install(i int, t *table) {
 
 // apply takes one live record into the table that answers.
 func (v *View) apply(i int, t *table, r record) error {
+	if d := guard.Delay("apply"); d > 0 {
+		time.Sleep(d)
+	}
 	v.mu.Lock()
 	t.note(r)
 	if strings.HasPrefix(r.key, barrierKeys) {

@@ -73,12 +73,12 @@ func (v *View) Lease() (until time.Time, held bool) {
 
 func (v *View) leaseLocked() (time.Time, bool) {
 	now := v.cfg.Now()
-	if guard.Off(guard.Lease) && v.allLive() {
-		return now.Add(v.cfg.Lease), true
-	}
 	start := v.provenLocked()
 	if start.IsZero() || v.cfg.Lease == 0 {
 		return time.Time{}, false
+	}
+	if guard.Off(guard.Lease) {
+		return now.Add(v.cfg.Lease), true
 	}
 	// The monotonic clock stands still while a machine is suspended, the wall
 	// clock can be stepped: both must agree that the lease has time left.

@@ -3,11 +3,13 @@ package kv
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nkeys"
 
 	"unibus.internal/bus"
@@ -296,5 +298,20 @@ func TestReloadAcknowledgesWhatIsNewer(t *testing.T) {
 	got := load(1, 7).newerThan(usersIdx, load(1, 2))
 	if len(got) != 1 || got[0].User != bob || got[0].Revision != 7 {
 		t.Errorf("reload acknowledges %+v, want bob at 7", got)
+	}
+}
+
+// A stream that was deleted and made again counts from one: a View still fed
+// by the old one is far ahead of every new acknowledgement and knows nothing.
+func TestSequenceIsNoProof(t *testing.T) {
+	v, c := newTestView(t)
+	v.barriers.inbox = "_INBOX.x"
+	v.barriers.open["mine"] = c.t
+	for i := range v.tables {
+		v.tables[i].lastSeq = 50
+		v.barrierAnswered(&nats.Msg{Subject: fmt.Sprintf("_INBOX.x.%d.mine", i), Data: []byte(`{"stream":"x","seq":2}`)})
+	}
+	if _, held := v.Lease(); held {
+		t.Error("an acknowledgement of sequence 2 gave a lease to a View at sequence 50 of another stream")
 	}
 }

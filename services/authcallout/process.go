@@ -27,6 +27,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"unibus.internal/bus"
+	"unibus.internal/bus/guard"
 	"unibus.internal/bus/kv"
 	"unibus.internal/services/authcallout/callout"
 )
@@ -252,7 +253,9 @@ loop:
 
 func (p *process) leaseChanged(held bool) {
 	if !held {
-		p.service.Leave()
+		if !guard.Off(guard.FreshReads) { // that control answers from plain reads, lease or not
+			p.service.Leave()
+		}
 		return
 	}
 	if err := p.service.Join(); err != nil {

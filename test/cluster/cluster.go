@@ -38,7 +38,8 @@ type Options struct {
 	Lease       time.Duration // UNIBUS_LEASE of the services; their default if zero
 	Controls    bool          // binaries that obey bus/guard
 	Env         map[Service]map[string]string
-	NoWait      bool // return before the started nodes are healthy
+	NoWait      bool                  // return before the started nodes are healthy
+	Edit        func(l *Layout) error // changes the rendered configuration before anything starts; may be nil
 }
 
 // Cluster is a running cluster of a test. Its methods fail the test instead
@@ -90,6 +91,11 @@ func Start(t testing.TB, o Options) *Cluster {
 	}
 	if err := c.Prepare(t.Context()); err != nil {
 		t.Fatal(err)
+	}
+	if o.Edit != nil {
+		if err := o.Edit(c.Layout); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if o.Start == nil {
 		o.Start = c.Nodes()
