@@ -230,6 +230,8 @@ func (l *linter) references() {
 		switch {
 		case !isSet(v):
 			l.critical(l.where(r.path...), spelled(r.path)+" is missing: this link would not be encrypted, or its end not proven", fixRender)
+		case !filepath.IsAbs(v.text):
+			l.critical(v.pos, fmt.Sprintf("%s is %s: relative to wherever the server is started", spelled(r.path), v.text), fixRender)
 		case filepath.Base(v.text) != r.want || filepath.Base(filepath.Dir(v.text)) != "tls":
 			l.critical(v.pos, fmt.Sprintf("%s is %s, not tls/%s: %s", spelled(r.path), v.text, r.want, r.why), "name tls/"+r.want)
 		}

@@ -185,6 +185,7 @@ func plantedFaults() []planted {
 		{"placeholder in an environment file", edit("membership.env", "UNIBUS_NODE=n1", "UNIBUS_NODE=<node>"), critical, "membership.env", `UNIBUS_NODE is still the placeholder`},
 		{"seed in an environment file", func(l *lintLab) { l.add("membership.env", "KEY="+l.seedOf("ops")+"\n") }, critical, "membership.env", "secret seed"},
 		{"route trusts the client CA", edit(nodeConf, "tls/cluster-ca.crt", "tls/client-ca.crt"), critical, nodeConf, "cluster.tls.ca_file is"},
+		{"certificate by a relative path", edit(nodeConf, "/etc/unibus/tls/server.crt", "tls/server.crt"), critical, nodeConf, "relative to wherever"},
 		{"client CA in place of the cluster CA", func(l *lintLab) { l.copyFile(l.file("pki/client-ca.crt"), "tls/cluster-ca.crt") }, critical, "tls/cluster-ca.crt", "must never share one"},
 		{"leaf of the other CA", func(l *lintLab) {
 			l.copyFile(l.file("pki/n1/server.crt"), "tls/route.crt")
