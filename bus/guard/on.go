@@ -14,21 +14,13 @@ func Off(n Name) bool {
 	return slices.Contains(strings.Split(os.Getenv("UNIBUS_GUARD_OFF"), ","), string(n))
 }
 
-// Delay returns the pause that UNIBUS_DELAY_<POINT> asks for at a named point,
-// for tests of late answers. If UNIBUS_DELAY_FILE_<POINT> names a file, the
-// pause applies only while that file exists.
-func Delay(point string) time.Duration {
-	key := strings.ToUpper(strings.ReplaceAll(point, "-", "_"))
-	if f := os.Getenv("UNIBUS_DELAY_FILE_" + key); f != "" {
-		if _, err := os.Stat(f); err != nil {
-			return 0
-		}
+// Pause waits as long as UNIBUS_DELAY_<POINT> says, so that a test can make an
+// answer or a View late.
+func Pause(point string) {
+	d, err := time.ParseDuration(os.Getenv("UNIBUS_DELAY_" + strings.ToUpper(point)))
+	if err == nil {
+		<-time.After(d)
 	}
-	d, err := time.ParseDuration(os.Getenv("UNIBUS_DELAY_" + key))
-	if err != nil {
-		return 0
-	}
-	return d
 }
 
 // ClockSkew is how far this process shall believe its wall clock is off

@@ -261,9 +261,7 @@ func (v *View) install(i int, t *table) {
 
 // apply takes one live record into the table that answers.
 func (v *View) apply(i int, t *table, r record) error {
-	if d := guard.Delay("apply"); d > 0 {
-		time.Sleep(d)
-	}
+	guard.Pause("apply")
 	v.mu.Lock()
 	t.note(r)
 	if strings.HasPrefix(r.key, barrierKeys) {
