@@ -248,9 +248,7 @@ func (s *Service) decideAndReply(ctx context.Context, j job, c *call, req Reques
 		s.record(j, c, silence("mint", err), access)
 		return
 	}
-	if d := guard.Delay("reply"); d > 0 {
-		<-time.After(d)
-	}
+	guard.Pause("reply")
 	// The process may have been paused since the lease was checked. A pause
 	// after this line is caught by the answer's own expiry.
 	if _, held := s.cfg.View.Lease(); !held && !guard.Off(guard.FreshReads) {
