@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"os"
@@ -193,6 +194,9 @@ func (a *app) askStreams(ctx context.Context) ([]streamView, error) {
 		v := streamView{StreamHealth: h}
 		if h.Err != nil {
 			v.Error = h.Err.Error()
+			if e := new(bus.Error); errors.As(h.Err, &e) && e.Hint != "" {
+				v.Error += "; fix: " + e.Hint
+			}
 		}
 		out = append(out, v)
 	}
