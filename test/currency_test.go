@@ -147,6 +147,7 @@ func (w *world) mustBeReady(node int) {
 // TestCurrencyManyRewritesWithinALag changes one membership many times while a
 // callout is paused: it wakes up to the last state, and the writer has waited.
 func TestCurrencyManyRewritesWithinALag(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, cluster.Options{Lease: 3 * time.Second})
 	p := w.addUser("flip")
 	w.addRoom("flip", w.admin, kv.RoomOptions{})
@@ -181,6 +182,7 @@ func TestCurrencyManyRewritesWithinALag(t *testing.T) {
 // TestCurrencyStreamMadeAgain deletes and re-creates each stream under live
 // callouts: nobody is admitted on what the old one said.
 func TestCurrencyStreamMadeAgain(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, cluster.Options{})
 	p := w.addUser("ghost")
 	for range 60 { // the old feed is far ahead of the new stream
@@ -215,6 +217,7 @@ func TestCurrencyStreamMadeAgain(t *testing.T) {
 // TestCurrencyWithoutQuorum stops two nodes: within a lease nobody is admitted
 // any more, changes are refused in time, and everything recovers unaided.
 func TestCurrencyWithoutQuorum(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, cluster.Options{})
 	p := w.addUser("alice")
 	w.waitAdmits(p, 1)
@@ -279,6 +282,7 @@ func TestCurrencyKilledLeader(t *testing.T) {
 // TestCurrencyServiceWithoutLease starves one callout of its lease: the node it
 // serves is answered by the others.
 func TestCurrencyServiceWithoutLease(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, cluster.Options{Lease: 3 * time.Second})
 	p := w.addUser("alice")
 	w.waitAdmits(p, 1, 2, 3)
@@ -298,6 +302,7 @@ func TestCurrencyServiceWithoutLease(t *testing.T) {
 // TestCurrencyClockOff lets one callout believe a clock that is off: it has no lease and
 // answers nobody, and the others serve its node.
 func TestCurrencyClockOff(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, cluster.Options{Controls: true, Lease: 3 * time.Second})
 	p := w.addUser("alice")
 	for _, skew := range []string{"10m", "-10m"} {
@@ -319,9 +324,10 @@ func TestCurrencyClockOff(t *testing.T) {
 // TestCurrencyLateAnswer delays an answer beyond its expiry: the server refuses it even
 // though its own deadline is far away.
 func TestCurrencyLateAnswer(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, cluster.Options{Controls: true})
 	p := w.addUser("alice")
-	w.restartCallouts("UNIBUS_DELAY_REPLY", "4s")
+	w.restartCallouts("UNIBUS_DELAY_REPLY", "7s")
 	if err := w.lateAnswerIsRefused(p); err != nil {
 		t.Fatal(err)
 	}
@@ -354,6 +360,7 @@ func (w *world) restartCallouts(key, value string) {
 // TestCurrencySlowView lets every View apply changes a tenth of a second late: a
 // change returns only when they have, so no connect ever meets an old answer.
 func TestCurrencySlowView(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, cluster.Options{Controls: true, Env: map[cluster.Service]map[string]string{
 		cluster.Authcallout: {"UNIBUS_DELAY_APPLY": "100ms"},
 	}})

@@ -73,6 +73,7 @@ func (w *world) backWithin(cs []*client, d time.Duration) {
 // TestNoClientIsLost rides 100 default clients through a stop of all callouts
 // and through a loss of quorum. Each is cut at its start.
 func TestNoClientIsLost(t *testing.T) {
+	t.Parallel()
 	outage := 10 * time.Second
 	if full {
 		outage = 30 * time.Second
