@@ -73,6 +73,7 @@ type Service struct {
 	opener  *opener
 	minter  *minter
 	jobs    chan job
+	doubts  chan struct{} // a slot per request that waits for a barrier
 	effects *effects
 
 	mu     sync.Mutex
@@ -95,7 +96,7 @@ func New(cfg Config) (*Service, error) {
 	}
 	return &Service{
 		cfg: cfg, opener: newOpener(cfg.Keys, cfg.Now), minter: m,
-		jobs: make(chan job, queueLength), effects: newEffects(), probes: map[bus.UserKey]chan struct{}{},
+		jobs: make(chan job, queueLength), doubts: make(chan struct{}, queueLength), effects: newEffects(), probes: map[bus.UserKey]chan struct{}{},
 	}, nil
 }
 
@@ -175,6 +176,9 @@ func (s *Service) Run(ctx context.Context) {
 	<-ctx.Done()
 	s.Leave()
 	workers.Wait()
+	for range cap(s.doubts) { // every slot taken back: no request waits any more
+		s.doubts <- struct{}{}
+	}
 	s.effects.wait(answerLife + effectMargin)
 }
 
@@ -203,8 +207,6 @@ func (s *Service) answer(ctx context.Context, j job) {
 		s.cfg.Metrics.shed.Inc()
 		return
 	}
-	ctx, cancel := context.WithDeadline(context.WithoutCancel(ctx), j.received.Add(Deadline))
-	defer cancel()
 	c, err := s.opener.open(j.msg)
 	if err != nil {
 		s.record(j, nil, silence("malformed", err), nil)
@@ -221,15 +223,68 @@ func (s *Service) answer(ctx context.Context, j job) {
 
 // decideAndReply holds back the acknowledgement of changes of this user from
 // before the View is read until the answer has had its effect.
+//
+// Any refusal of a proven key other than a recorded revoke is looked at once
+// more behind a barrier, so that a grant of a moment ago is never missed. That
+// wait is not the worker's: a crowd of strangers must not keep members waiting.
 func (s *Service) decideAndReply(ctx context.Context, j job, c *call, req Request) {
 	hold := s.cfg.View.Hold(req.User)
+	v := s.look(ctx, req)
+	if !v.out.doubtful() {
+		s.reply(j, c, req, hold, v)
+		return
+	}
+	select {
+	case s.doubts <- struct{}{}:
+	default:
+		s.cfg.Metrics.shed.Inc()
+		hold.Release()
+		return
+	}
+	go func() {
+		defer func() { <-s.doubts }()
+		bctx, cancel := context.WithDeadline(context.WithoutCancel(ctx), j.received.Add(Deadline))
+		defer cancel()
+		if err := s.cfg.View.Barrier(bctx); err != nil {
+			v.out = silence("no_barrier", err)
+		} else {
+			v = s.look(bctx, req)
+		}
+		s.reply(j, c, req, hold, v)
+	}()
+}
+
+// verdict is a decision with what it was made on.
+type verdict struct {
+	access *kv.Access
+	until  time.Time // end of the lease
+	out    outcome
+}
+
+// look decides on the View under a lease, without I/O.
+func (s *Service) look(ctx context.Context, req Request) verdict {
+	if guard.Off(guard.FreshReads) {
+		access, err := s.cfg.View.PlainAccess(ctx, req.User)
+		return verdict{access, s.cfg.Now().Add(answerLife), decide(access, err, s.cfg.Now())}
+	}
+	until, held := s.cfg.View.Lease()
+	if !held {
+		return verdict{until: until, out: silence("no_lease", nil)}
+	}
+	access, err := s.cfg.View.Access(req.User)
+	return verdict{access, until, decide(access, err, s.cfg.Now())}
+}
+
+// reply turns a verdict into an answer, or into none, and lets go of the hold
+// when that can have no further effect.
+func (s *Service) reply(j job, c *call, req Request, hold *kv.Hold, v verdict) {
 	kept := false
 	defer func() {
 		if !kept {
 			hold.Release()
 		}
 	}()
-	access, until, out := s.lookupAndDecide(ctx, req)
+	access, out := v.access, v.out
 	switch {
 	case out.quiet:
 		s.record(j, c, out, access)
@@ -240,8 +295,8 @@ func (s *Service) decideAndReply(ctx context.Context, j job, c *call, req Reques
 	}
 	now := s.cfg.Now()
 	expires := now.Add(answerLife)
-	if until.Before(expires) {
-		expires = until // an answer is worth no more than the lease it was made on
+	if v.until.Before(expires) {
+		expires = v.until // an answer is worth no more than the lease it was made on
 	}
 	reply, err := s.minter.admit(c, req, access, expires)
 	if err != nil {
@@ -268,33 +323,6 @@ func (s *Service) decideAndReply(ctx context.Context, j job, c *call, req Reques
 		return
 	}
 	s.record(j, c, silence("reply", err), access)
-}
-
-// lookupAndDecide decides on the View under a lease. Any refusal of a proven
-// key other than a recorded revoke is looked at once more behind a barrier, so
-// that a grant of a moment ago is never missed.
-func (s *Service) lookupAndDecide(ctx context.Context, req Request) (*kv.Access, time.Time, outcome) {
-	if guard.Off(guard.FreshReads) {
-		access, err := s.cfg.View.PlainAccess(ctx, req.User)
-		return access, s.cfg.Now().Add(answerLife), decide(access, err, s.cfg.Now())
-	}
-	until, held := s.cfg.View.Lease()
-	if !held {
-		return nil, until, silence("no_lease", nil)
-	}
-	access, err := s.cfg.View.Access(req.User)
-	out := decide(access, err, s.cfg.Now())
-	if out.allow || out.final {
-		return access, until, out
-	}
-	if err := s.cfg.View.Barrier(ctx); err != nil {
-		return access, until, silence("no_barrier", err)
-	}
-	if until, held = s.cfg.View.Lease(); !held {
-		return nil, until, silence("no_lease", nil)
-	}
-	access, err = s.cfg.View.Access(req.User)
-	return access, until, decide(access, err, s.cfg.Now())
 }
 
 func (s *Service) deny(j job, c *call, out outcome, access *kv.Access) {

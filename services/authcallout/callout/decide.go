@@ -17,6 +17,9 @@ type outcome struct {
 	err    error
 }
 
+// doubtful is a refusal that a grant of a moment ago could overturn.
+func (o outcome) doubtful() bool { return !o.allow && !o.final && !o.quiet }
+
 func (o outcome) result() string {
 	switch {
 	case o.allow:
@@ -43,6 +46,8 @@ func decide(a *kv.Access, err error, now time.Time) outcome {
 		return outcome{reason: "revoked", final: true}
 	case a.User.Status == bus.Suspended:
 		return denial("suspended")
+	case a.User.Status != bus.Active:
+		return outcome{reason: "unknown_status", alert: true}
 	case !a.User.ActiveAt(now):
 		return denial("expired")
 	case len(a.Rooms) > bus.MaxRoomsPerUser:
