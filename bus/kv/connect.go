@@ -35,14 +35,14 @@ func Connect(l Link) (*nats.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	roots, err := caPool(l.CAFile)
+	trust, err := Trust(l.CAFile)
 	if err != nil {
 		return nil, err
 	}
 	opts := []nats.Option{
 		auth,
 		nats.Name(l.Name),
-		nats.Secure(&tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}),
+		nats.Secure(trust),
 		nats.CustomInboxPrefix(l.Inbox),
 		nats.IgnoreAuthErrorAbort(),
 		nats.ReconnectBufSize(-1),
@@ -98,14 +98,15 @@ func readSeed(file string) (nkeys.KeyPair, error) {
 	return kp, nil
 }
 
-func caPool(file string) (*x509.CertPool, error) {
-	pem, err := os.ReadFile(file)
+// Trust is a TLS configuration that trusts the CA of a file and nothing else.
+func Trust(caFile string) (*tls.Config, error) {
+	pem, err := os.ReadFile(caFile)
 	if err != nil {
 		return nil, bus.E(bus.Invalid, "cannot read the CA: %w", err)
 	}
 	pool := x509.NewCertPool()
 	if !pool.AppendCertsFromPEM(pem) {
-		return nil, bus.E(bus.Invalid, "%s holds no certificate", file)
+		return nil, bus.E(bus.Invalid, "%s holds no certificate", caFile)
 	}
-	return pool, nil
+	return &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}, nil
 }

@@ -2,13 +2,10 @@ package main
 
 import (
 	"context"
-	"crypto/tls"
-	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
-	"os"
 	"strings"
 	"time"
 
@@ -75,17 +72,13 @@ func (a *app) askHealth(ctx context.Context) ([]nodeHealth, error) {
 	if a.set.ca == "" {
 		return nil, &usageError{msg: "the CA is not known: set --ca FILE or UNIBUS_CA", hint: "unibusctl env"}
 	}
-	pem, err := os.ReadFile(a.set.ca)
+	trust, err := kv.Trust(a.set.ca)
 	if err != nil {
-		return nil, bus.E(bus.Invalid, "cannot read the CA: %w", err)
-	}
-	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(pem) {
-		return nil, bus.E(bus.Invalid, "%s holds no certificate", a.set.ca)
+		return nil, err
 	}
 	client := &http.Client{
 		Timeout:       healthTimeout,
-		Transport:     &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}, DisableKeepAlives: true},
+		Transport:     &http.Transport{TLSClientConfig: trust, DisableKeepAlives: true},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
 	urls := strings.Split(a.set.apiURL, ",")

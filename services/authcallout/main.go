@@ -153,7 +153,7 @@ func prepare(c config, log *slog.Logger) (*process, error) {
 	if err != nil {
 		return nil, err
 	}
-	trust, err := trustIn(c.ca)
+	trust, err := kv.Trust(c.ca)
 	if err != nil {
 		return nil, err
 	}

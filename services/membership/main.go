@@ -9,7 +9,6 @@ package main
 import (
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"flag"
 	"fmt"
@@ -121,7 +120,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stderr 
 	if err != nil {
 		return fail(log, exitConfig, err)
 	}
-	roots, err := trust(c.ca)
+	roots, err := kv.Trust(c.ca)
 	if err != nil {
 		return fail(log, exitConfig, err)
 	}
@@ -161,18 +160,6 @@ func run(ctx context.Context, args []string, getenv func(string) string, stderr 
 func fail(log *slog.Logger, code int, err error) int {
 	log.Error("cannot start", "err", err)
 	return code
-}
-
-func trust(file string) (*tls.Config, error) {
-	pem, err := os.ReadFile(file)
-	if err != nil {
-		return nil, fmt.Errorf("client CA: %w", err)
-	}
-	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(pem) {
-		return nil, fmt.Errorf("client CA: %s holds no certificate", file)
-	}
-	return &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}, nil
 }
 
 func adminHandler(health *api.Health) http.Handler {
