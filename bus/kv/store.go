@@ -205,7 +205,7 @@ func (s *Store) prove(ctx context.Context, i int, w *waiter, rev uint64, committ
 		select {
 		case <-ctx.Done():
 			if len(silent) == 0 {
-				silent = []Holder{{Instance: "leases older than the stream"}}
+				silent = []Holder{forgotten}
 			}
 			return res, &Unproven{Waiting: silent}
 		case <-w.moved:
@@ -213,6 +213,10 @@ func (s *Store) prove(ctx context.Context, i int, w *waiter, rev uint64, committ
 		case <-patience:
 		}
 		silent, _ = s.silent(w, rev, holders, committed)
+		if left := settled.Sub(s.now()); len(silent) == 0 && left > 0 && !told[forgotten.Boot] {
+			told[forgotten.Boot] = true
+			s.onWait(forgotten, left)
+		}
 		for _, h := range silent {
 			if !told[h.Boot] {
 				told[h.Boot] = true
@@ -221,6 +225,10 @@ func (s *Store) prove(ctx context.Context, i int, w *waiter, rev uint64, committ
 		}
 	}
 }
+
+// forgotten stands for holders that no stream can name, because all three are
+// younger than a lease.
+var forgotten = Holder{Instance: "any service older than the streams"}
 
 // silent lists the holders that neither acknowledged nor released their lease,
 // and the moment at which the last of their leases has run out.
