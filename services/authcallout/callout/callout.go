@@ -170,11 +170,13 @@ func (s *Service) take(m *nats.Msg) {
 // lease may be released.
 func (s *Service) Run(ctx context.Context) {
 	var workers sync.WaitGroup
+	stop := make(chan struct{})
 	for range max(2, runtime.GOMAXPROCS(0)) {
-		workers.Go(func() { s.work(ctx) })
+		workers.Go(func() { s.work(ctx, stop) })
 	}
 	<-ctx.Done()
-	s.Leave()
+	s.leaveAndDrain()
+	close(stop)
 	workers.Wait()
 	for range cap(s.doubts) { // every slot taken back: no request waits any more
 		s.doubts <- struct{}{}
@@ -182,13 +184,34 @@ func (s *Service) Run(ctx context.Context) {
 	s.effects.wait(answerLife + effectMargin)
 }
 
-func (s *Service) work(ctx context.Context) {
+// leaveAndDrain returns when every request that a server has already handed to
+// this instance is queued.
+func (s *Service) leaveAndDrain() {
+	s.mu.Lock()
+	subs := s.subs
+	s.leaveLocked()
+	s.mu.Unlock()
+	late := time.NewTimer(Deadline)
+	defer late.Stop()
+	for _, sub := range subs {
+		closed := sub.StatusChanged(nats.SubscriptionClosed)
+		for sub.IsValid() {
+			select {
+			case <-closed:
+			case <-late.C:
+				return
+			}
+		}
+	}
+}
+
+func (s *Service) work(ctx context.Context, stop <-chan struct{}) {
 	for {
 		select {
 		case j := <-s.jobs:
 			s.answer(ctx, j)
-		case <-ctx.Done():
-			for { // drain: what was delivered gets its answer
+		case <-stop:
+			for { // what was delivered gets its answer
 				select {
 				case j := <-s.jobs:
 					s.answer(ctx, j)

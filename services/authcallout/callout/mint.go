@@ -1,6 +1,7 @@
 package callout
 
 import (
+	"bytes"
 	"crypto/ed25519"
 	"crypto/rand"
 	"encoding/base64"
@@ -9,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	mrand "math/rand/v2"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -86,11 +86,11 @@ type minter struct {
 	rendered map[bus.UserKey]rendering
 }
 
-// rendering is a user's permissions as JSON, good as long as the View returns
-// the same access.
+// rendering is a user's permissions as the members of a JSON object, good as
+// long as the View returns the same access.
 type rendering struct {
 	access      *kv.Access
-	permissions json.RawMessage
+	permissions []byte
 }
 
 func newMinter(keys []Keys, ttl time.Duration, now func() time.Time) (*minter, error) {
@@ -187,7 +187,7 @@ func roomOf(subject string) (bus.RoomID, bool) {
 }
 
 // permissionsOf renders a user's permissions once per change.
-func (m *minter) permissionsOf(a *kv.Access) (json.RawMessage, error) {
+func (m *minter) permissionsOf(a *kv.Access) ([]byte, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if r, ok := m.rendered[a.User.Key]; ok && r.access == a {
@@ -197,45 +197,18 @@ func (m *minter) permissionsOf(a *kv.Access) (json.RawMessage, error) {
 	if err := p.check(a.User.Key); err != nil {
 		return nil, err
 	}
-	raw, err := json.Marshal(p)
-	if err != nil {
+	var raw bytes.Buffer
+	enc := json.NewEncoder(&raw)
+	enc.SetEscapeHTML(false) // every subject ends in ">"
+	if err := enc.Encode(p); err != nil {
 		return nil, err
 	}
+	members := bytes.TrimSuffix(bytes.TrimPrefix(raw.Bytes(), []byte("{")), []byte("}\n"))
 	if len(m.rendered) > 100_000 {
 		clear(m.rendered)
 	}
-	m.rendered[a.User.Key] = rendering{a, raw}
-	return raw, nil
-}
-
-// userClaims is a user JWT of the server's config mode: aud places the session
-// in an account.
-type userClaims struct {
-	Audience string          `json:"aud"`
-	Expires  int64           `json:"exp"`
-	ID       string          `json:"jti"`
-	IssuedAt int64           `json:"iat"`
-	Issuer   string          `json:"iss"`
-	Name     string          `json:"name"`
-	Subject  string          `json:"sub"`
-	NATS     json.RawMessage `json:"nats"`
-}
-
-type responseClaims struct {
-	Audience string         `json:"aud"`
-	Expires  int64          `json:"exp,omitempty"`
-	ID       string         `json:"jti"`
-	IssuedAt int64          `json:"iat"`
-	Issuer   string         `json:"iss"`
-	Subject  string         `json:"sub"`
-	NATS     responseAnswer `json:"nats"`
-}
-
-type responseAnswer struct {
-	JWT     string `json:"jwt,omitempty"`
-	Error   string `json:"error,omitempty"`
-	Type    string `json:"type"`
-	Version int    `json:"version"`
+	m.rendered[a.User.Key] = rendering{a, members}
+	return members, nil
 }
 
 // admit makes the sealed answer that opens a connection with exactly the
@@ -253,36 +226,32 @@ func (m *minter) admit(c *call, req Request, a *kv.Access, expires time.Time) ([
 	if e := a.User.ExpiresAt; e != nil && e.Before(until) {
 		until = *e
 	}
-	// The common part follows the user's own; both are JSON objects.
-	nats := append(slices.Clone(perms[:len(perms)-1]), `,"subs":-1,"data":-1,"payload":-1,"allowed_connection_types":["STANDARD"],"type":"user","version":2}`...)
-	token, err := m.sign(c, userClaims{
-		Audience: userAccount, Expires: until.Unix(), ID: tokenID(), IssuedAt: now.Unix(),
-		Issuer: c.keys.Issuer.Public, Name: req.User.NKey(), Subject: c.userNKey, NATS: nats,
-	})
-	if err != nil {
-		return nil, err
-	}
-	return m.respond(c, responseAnswer{JWT: string(token)}, expires)
+	token := sign(c, fmt.Appendf(make([]byte, 0, 512+len(perms)), userClaims,
+		userAccount, until.Unix(), tokenID(), now.Unix(), c.keys.Issuer.Public, req.User.NKey(), c.userNKey, perms))
+	return m.respond(c, "jwt", string(token), expires)
 }
+
+// The claims are written and not encoded: every value in them is a number, an
+// nkey, hex, base64 or a constant of ours, which need no escapes. aud is where
+// the server's config mode places the session.
+const (
+	userClaims = `{"aud":%q,"exp":%d,"jti":%q,"iat":%d,"iss":%q,"name":%q,"sub":%q,"nats":{%s,` +
+		`"subs":-1,"data":-1,"payload":-1,"allowed_connection_types":["STANDARD"],"type":"user","version":2}}`
+	answerClaims = `{"aud":%q,%s"jti":%q,"iat":%d,"iss":%q,"sub":%q,"nats":{%q:%q,"type":"authorization_response","version":2}}`
+)
 
 // deny makes the sealed answer that refuses, with the constant text.
 func (m *minter) deny(c *call, expires time.Time) ([]byte, error) {
-	return m.respond(c, responseAnswer{Error: Denied}, expires)
+	return m.respond(c, "error", Denied, expires)
 }
 
-func (m *minter) respond(c *call, answer responseAnswer, expires time.Time) ([]byte, error) {
-	answer.Type, answer.Version = "authorization_response", 2
-	claims := responseClaims{
-		Audience: c.serverID, Expires: expires.Unix(), ID: tokenID(), IssuedAt: m.now().Unix(),
-		Issuer: c.keys.Issuer.Public, Subject: c.userNKey, NATS: answer,
-	}
+func (m *minter) respond(c *call, field, value string, expires time.Time) ([]byte, error) {
+	exp := fmt.Sprintf(`"exp":%d,`, expires.Unix())
 	if guard.Off(guard.ResponseExpiry) {
-		claims.Expires = 0
+		exp = ""
 	}
-	token, err := m.sign(c, claims)
-	if err != nil {
-		return nil, err
-	}
+	token := sign(c, fmt.Appendf(make([]byte, 0, 512+len(value)), answerClaims,
+		c.serverID, exp, tokenID(), m.now().Unix(), c.keys.Issuer.Public, c.userNKey, field, value))
 	var nonce [sealNonce]byte
 	if _, err := rand.Read(nonce[:]); err != nil {
 		return nil, fmt.Errorf("randomness: %w", err)
@@ -293,19 +262,14 @@ func (m *minter) respond(c *call, answer responseAnswer, expires time.Time) ([]b
 
 var jwtHeader = base64.RawURLEncoding.EncodeToString([]byte(`{"typ":"JWT","alg":"` + jwtAlgorithm + `"}`))
 
-// sign writes a JWT: the claims are encoded once and nothing is hashed besides
-// the signature.
-func (m *minter) sign(c *call, claims any) ([]byte, error) {
-	body, err := json.Marshal(claims)
-	if err != nil {
-		return nil, err
-	}
+// sign writes a JWT of claims in JSON.
+func sign(c *call, claims []byte) []byte {
 	enc := base64.RawURLEncoding
-	out := make([]byte, 0, len(jwtHeader)+2+enc.EncodedLen(len(body))+enc.EncodedLen(ed25519.SignatureSize))
+	out := make([]byte, 0, len(jwtHeader)+2+enc.EncodedLen(len(claims))+enc.EncodedLen(ed25519.SignatureSize))
 	out = append(append(out, jwtHeader...), '.')
-	out = enc.AppendEncode(out, body)
+	out = enc.AppendEncode(out, claims)
 	sig := ed25519.Sign(c.keys.Issuer.private, out)
-	return enc.AppendEncode(append(out, '.'), sig), nil
+	return enc.AppendEncode(append(out, '.'), sig)
 }
 
 func tokenID() string {
