@@ -347,7 +347,8 @@ func (w *world) lateAnswerIsRefused(p *person) error {
 	return nil
 }
 
-// restartCallouts gives every callout one more variable.
+// restartCallouts gives every callout one more variable and waits until each
+// answers again: a request that nobody hears proves nothing.
 func (w *world) restartCallouts(key, value string) {
 	w.t.Helper()
 	for _, i := range w.Nodes() {
@@ -355,6 +356,7 @@ func (w *world) restartCallouts(key, value string) {
 		w.SetEnv(i, cluster.Authcallout, key, value)
 		w.StartNode(i, cluster.Authcallout)
 	}
+	w.WaitHealthy(30 * time.Second)
 }
 
 // TestCurrencySlowView lets every View apply changes a tenth of a second late: a
