@@ -156,7 +156,18 @@ func TestLocalCluster(t *testing.T) {
 	t.Run("description", func(t *testing.T) { describesItself(t, a) })
 	t.Run("environment", func(t *testing.T) { environmentWorks(t, a) })
 
-	// Nothing restarts a killed process but the next up.
+	// Nothing restarts a killed process, or a killed node, but the next up.
+	if s := a.must(1, "kill", "n9"); !strings.Contains(s.Stderr, "n9") {
+		t.Errorf("kill of a node that is none:\n%s", s.Stderr)
+	}
+	a.must(0, "kill", "n3")
+	for _, service := range cluster.Services() {
+		name := "n3/" + string(service)
+		if before[name].Alive() {
+			t.Errorf("%s runs after kill n3", name)
+		}
+		delete(before, name)
+	}
 	victim := before["n2/membership"]
 	if err := victim.Signal(syscall.SIGKILL); err != nil {
 		t.Fatal(err)

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -48,18 +49,8 @@ func Binaries(t testing.TB, controls bool) string {
 // buildPrograms keeps the binaries in the user's cache, where go build finds
 // them up to date the next time. The lock lets two test runs share it.
 func buildPrograms(tags string) (string, error) {
-	_, self, _, _ := runtime.Caller(0)
-	root := filepath.Dir(filepath.Dir(filepath.Dir(self)))
-	cache, err := os.UserCacheDir()
-	if err != nil {
-		cache = os.TempDir()
-	}
-	id := sha256.Sum256([]byte(root + "\x00" + tags))
-	dir := filepath.Join(cache, "unibus-test", hex.EncodeToString(id[:8]))
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return "", err
-	}
-	unlock, err := lockFile(filepath.Join(dir, ".lock"))
+	root := repository()
+	dir, unlock, err := binaryCache(tags)
 	if err != nil {
 		return "", err
 	}
@@ -73,6 +64,77 @@ func buildPrograms(tags string) (string, error) {
 		}
 	}
 	return dir, nil
+}
+
+// NatsCLI builds the stock nats program at the version in tools.mk, once per
+// user and version, and returns its path. It is no part of Binaries: most tests
+// do without it and should not wait for it.
+func NatsCLI(t testing.TB) string {
+	t.Helper()
+	path, err := buildNats()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+var buildNats = sync.OnceValues(func() (string, error) {
+	version, err := pinnedVersion("NATSCLI_VERSION")
+	if err != nil {
+		return "", err
+	}
+	dir, unlock, err := binaryCache("natscli " + version)
+	if err != nil {
+		return "", err
+	}
+	defer unlock()
+	path := filepath.Join(dir, "nats")
+	if _, err := os.Stat(path); err == nil { // go install renames it into place whole
+		return path, nil
+	}
+	cmd := exec.CommandContext(context.Background(), "go", "install", "-trimpath", "github.com/nats-io/natscli/nats@"+version)
+	cmd.Dir = dir // outside of every module
+	cmd.Env = append(os.Environ(), "GOWORK=off", "CGO_ENABLED=0", "GOBIN="+dir)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build nats %s: %w\n%s", version, err, bytes.TrimSpace(out))
+	}
+	return path, nil
+})
+
+// pinnedVersion reads one assignment of tools.mk.
+func pinnedVersion(name string) (string, error) {
+	b, err := os.ReadFile(filepath.Join(repository(), "tools.mk"))
+	if err != nil {
+		return "", err
+	}
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); len(f) == 3 && f[0] == name && f[1] == ":=" {
+			return f[2], nil
+		}
+	}
+	return "", fmt.Errorf("tools.mk does not set %s", name)
+}
+
+// repository is the root of the checkout that these tests were built from.
+func repository() string {
+	_, self, _, _ := runtime.Caller(0)
+	return filepath.Dir(filepath.Dir(filepath.Dir(self)))
+}
+
+// binaryCache is a directory of this user for one kind of binaries of this
+// checkout, locked until unlock.
+func binaryCache(kind string) (dir string, unlock func(), err error) {
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		cache = os.TempDir()
+	}
+	id := sha256.Sum256([]byte(repository() + "\x00" + kind))
+	dir = filepath.Join(cache, "unibus-test", hex.EncodeToString(id[:8]))
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return "", nil, err
+	}
+	unlock, err = lockFile(filepath.Join(dir, ".lock"))
+	return dir, unlock, err
 }
 
 // lockFile waits for an exclusive lock, held until unlock or the end of the process.

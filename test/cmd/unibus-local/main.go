@@ -17,12 +17,13 @@ import (
 	"syscall"
 )
 
-const usage = `usage: unibus-local up|down|status|render
+const usage = `usage: unibus-local up|down|status|render|kill NODE
 
   up       start what is not running, wait until it is healthy, make the first admin
   down     stop everything that up started
   status   show every process; exit 0 if all are healthy, else 3
   render   write keys, certificates and configuration only
+  kill     end all processes of n1, n2 or n3 as a power cut would; up starts them again
 
 UNIBUS_RUN_DIR      directory of the cluster (default: .run)
 UNIBUS_PORT_OFFSET  moves every port: 0, 100, ... 900 (default: 0)
@@ -62,8 +63,8 @@ func run(ctx context.Context, args []string, getenv func(string) string, out, er
 		_, err := io.WriteString(out, usage)
 		return err
 	}
-	if len(args) != 1 {
-		return fmt.Errorf("%w: unibus-local up|down|status|render", errUsage)
+	if len(args) == 0 || len(args) != 1 && args[0] != "kill" || len(args) != 2 && args[0] == "kill" {
+		return fmt.Errorf("%w: unibus-local up|down|status|render|kill NODE", errUsage)
 	}
 	l, err := newLocal(getenv, out, errw)
 	if err != nil {
@@ -78,8 +79,10 @@ func run(ctx context.Context, args []string, getenv func(string) string, out, er
 		return l.status(ctx)
 	case "render":
 		return l.exclusive(func() error { return l.layout.Prepare(ctx) })
+	case "kill":
+		return l.exclusive(func() error { return l.kill(ctx, args[1]) })
 	}
-	return fmt.Errorf("%w: unknown command %q, not one of up, down, status, render", errUsage, args[0])
+	return fmt.Errorf("%w: unknown command %q, not one of up, down, status, render, kill", errUsage, args[0])
 }
 
 // newLocal reads where the cluster shall be. The binaries are those beside

@@ -289,6 +289,35 @@ func (l *local) stop(ctx context.Context, keys []string) error {
 	return l.save()
 }
 
+// kill ends every process of one node by SIGKILL: for demonstrations. It is
+// an error if none runs.
+func (l *local) kill(ctx context.Context, node string) error {
+	var running []string
+	for i := 1; i <= nodes; i++ {
+		for _, s := range cluster.Services() {
+			if l.layout.Node(i) == node && l.alive(i, s) != nil {
+				running = append(running, key(i, s))
+			}
+		}
+	}
+	if len(running) == 0 {
+		return fmt.Errorf("nothing of node %q is running: it is one of n1 to n%d, see unibus-local status", node, nodes)
+	}
+	if err := l.signal(running, syscall.SIGKILL); err != nil {
+		return err
+	}
+	for _, k := range running {
+		l.say("kill -9 %-14s pid %d", k, l.state.Processes[k].PID)
+	}
+	ctx, cancel := context.WithTimeout(ctx, stopBound)
+	defer cancel()
+	if err := l.waitGone(ctx, running); err != nil {
+		return err
+	}
+	l.layout.Ports = l.state.Ports
+	return l.describe()
+}
+
 func (l *local) signal(keys []string, signals ...syscall.Signal) error {
 	for _, k := range keys {
 		for _, sig := range signals {
