@@ -245,7 +245,7 @@ func (v *View) install(i int, t *table) {
 	v.tables[i] = t
 	v.feeds[i] = feedState{live: true}
 	clear(v.access)
-	if v.allLive() && v.fault == "loading" {
+	if v.allLive() && v.fault == faultLoading {
 		v.fault = "no barrier yet"
 	}
 	changes := t.newerThan(i, old)

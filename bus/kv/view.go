@@ -131,6 +131,8 @@ func newTable(created time.Time) *table {
 	}
 }
 
+const faultLoading = "the streams have not answered yet"
+
 // NewView prepares a View; it holds nothing until Run.
 func NewView(cfg ViewConfig) (*View, error) {
 	if cfg.Now == nil {
@@ -162,7 +164,7 @@ func NewView(cfg ViewConfig) (*View, error) {
 	v := &View{
 		cfg: cfg, boot: hex.EncodeToString(id), log: cfg.Log, js: js,
 		access: map[bus.UserKey]*Access{}, woken: make(chan struct{}),
-		known: map[string]*holder{}, fault: "loading",
+		known: map[string]*holder{}, fault: faultLoading,
 	}
 	for i := range v.tables {
 		v.tables[i] = newTable(time.Time{})

@@ -18,7 +18,7 @@ import (
 const (
 	// decideWithin is how long a command may take to reach the cluster, prove
 	// its View and commit. Without a quorum it is refused by then.
-	decideWithin = 2800 * time.Millisecond
+	decideWithin = 2400 * time.Millisecond
 	dialTimeout  = 900 * time.Millisecond
 	// proveWithin covers the longest lease with its margins.
 	proveWithin = kv.DefaultLease + 5*time.Second
