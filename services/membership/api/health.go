@@ -17,7 +17,7 @@ import (
 )
 
 const (
-	probeEvery   = time.Second
+	probeEvery   = 2 * time.Second
 	probeStale   = 3*probeEvery + probeTimeout
 	probeTimeout = 1500 * time.Millisecond
 	postureEvery = 10 * time.Second
