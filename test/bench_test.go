@@ -1,0 +1,366 @@
+package test
+
+import (
+	"context"
+	"crypto/ed25519"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"unibus.internal/bus"
+	"unibus.internal/bus/kv"
+	"unibus.internal/test/cluster"
+	"unibus.internal/test/wire"
+)
+
+// scale says how much a benchmark run measures.
+type scale struct {
+	rounds, users                int // pairs of storms, one connection per user each
+	idle                         time.Duration
+	strangers, barriers, changes int
+	many                         int // users in the buckets when memory is measured
+}
+
+const (
+	benchConcurrency = 32
+	roomsPerUser     = 20
+	benchRooms       = 100
+	// The aims of reference/performance.md: measured figures stand beside them.
+	aimCalloutCPU = "0.42"
+	aimRatio      = "0.60"
+)
+
+// TestBenchStillRuns keeps the benchmark from rotting, at numbers that measure
+// nothing; what it drives must work: everybody admitted, strangers refused,
+// changes acknowledged by every service.
+func TestBenchStillRuns(t *testing.T) {
+	runBench(t, io.Discard, scale{rounds: 1, users: 12, idle: 100 * time.Millisecond, strangers: 4, barriers: 3, changes: 3, many: 40})
+}
+
+// BenchmarkUnibus measures a live cluster of three nodes once, whatever b.N is,
+// and prints the table of docs/performance.md.
+func BenchmarkUnibus(b *testing.B) {
+	s := scale{rounds: 5, users: 1000, idle: 10 * time.Second, strangers: 1000, barriers: 200, changes: 200, many: 10_000}
+	runBench(b, os.Stdout, s)
+}
+
+// bench is one run: a unibus cluster and its rival, both up all the time, so
+// that each round finds the same machine.
+type bench struct {
+	*world
+	scale
+	users []*person
+	rival *world // not a unibus: see startRival
+	table
+}
+
+func runBench(t testing.TB, out io.Writer, s scale) {
+	b := &bench{world: newWorld(t, cluster.Options{}), scale: s, table: table{out}}
+	rss := b.memory(cluster.Authcallout)
+	b.seedRooms()
+	b.users = b.seedUsers(0, s.users)
+	b.rival = startRival(t, b.users)
+	b.head()
+	b.storms()
+	b.refusals()
+	b.barriers()
+	b.changes()
+	b.fill(rss)
+}
+
+// storm is what one burst of connections cost.
+type storm struct {
+	rate              float64 // connections a second
+	p50, p99          time.Duration
+	callouts, servers float64 // CPU ms per connection, summed over the nodes
+}
+
+// storms lets the same users connect to both clusters in turn: a machine that
+// slows down or has other work slows both.
+func (b *bench) storms() {
+	idle := b.measureIdle()
+	var ours, theirs, net []storm
+	var ratios []float64
+	for range b.rounds {
+		t := storming(b.rival, b.users, nil)
+		o := storming(b.world, b.users, nil)
+		n := o // without what the leases cost anyway while it lasted
+		n.callouts -= idle.callouts / o.rate
+		n.servers -= idle.servers / o.rate
+		theirs, ours, net = append(theirs, t), append(ours, o), append(net, n)
+		ratios = append(ratios, o.rate/t.rate)
+	}
+	floor := signatureFloor()
+	rate := func(s storm) float64 { return s.rate }
+	callouts := func(s storm) float64 { return s.callouts }
+	servers := func(s storm) float64 { return s.servers }
+	b.row("connects/s, static nkeys", "", "%s", spread(theirs, rate, "%.0f"))
+	b.row("connects/s, callout", "", "%s", spread(ours, rate, "%.0f"))
+	b.row("callout / static, same round", ">= "+aimRatio, "%.2f (%.2f to %.2f)", median(ratios), slices.Min(ratios), slices.Max(ratios))
+	b.row("connect p50 / p99, static nkeys", "", "%s / %s", ms(medianOf(theirs, storm.median)), ms(medianOf(theirs, storm.slow)))
+	b.row("connect p50 / p99, callout", "", "%s / %s", ms(medianOf(ours, storm.median)), ms(medianOf(ours, storm.slow)))
+	b.row("authcallout CPU a connect", "<= "+aimCalloutCPU+" ms", "%s ms", spread(net, callouts, "%.2f"))
+	b.row("the same, with idle work", "", "%s ms", spread(ours, callouts, "%.2f"))
+	b.row("4 ed25519 operations of it, floor", "", "%.2f ms", floor)
+	b.row("servers' CPU a connect, static nkeys", "", "%s ms", spread(theirs, servers, "%.2f"))
+	b.row("servers' CPU a connect, callout", "", "%s ms", spread(net, servers, "%.2f"))
+	b.row("idle: authcallout / servers", "", "%.1f / %.1f ms CPU a second", idle.callouts, idle.servers)
+}
+
+// storming connects every user once, at most benchConcurrency at a time, spread
+// over the nodes, and holds the connections until the clock has stopped. want
+// is what each must meet: nil, or wire.ErrDenied.
+func storming(w *world, users []*person, want error) storm {
+	w.t.Helper()
+	conns, took, errs := make([]*wire.Conn, len(users)), make([]time.Duration, len(users)), make([]error, len(users))
+	callouts, servers := w.cpu(cluster.Authcallout), w.cpu(cluster.NATS)
+	started := time.Now()
+	var next atomic.Int64
+	var wg sync.WaitGroup
+	for range benchConcurrency {
+		wg.Go(func() {
+			for i := int(next.Add(1)) - 1; i < len(users); i = int(next.Add(1)) - 1 {
+				begun := time.Now()
+				conns[i], errs[i] = w.connectOnce(i%3+1, users[i])
+				took[i] = time.Since(begun)
+			}
+		})
+	}
+	wg.Wait()
+	elapsed := time.Since(started)
+	n := float64(len(users))
+	callouts, servers = w.cpu(cluster.Authcallout)-callouts, w.cpu(cluster.NATS)-servers
+	for i, err := range errs {
+		if conns[i] != nil {
+			conns[i].Close()
+		}
+		if !errors.Is(err, want) {
+			w.t.Fatalf("%s on n%d: %v, want %v", users[i].name, i%3+1, err, want)
+		}
+	}
+	return storm{rate: n / elapsed.Seconds(), p50: quantile(took, .50), p99: quantile(took, .99), callouts: callouts / n, servers: servers / n}
+}
+
+func (w *world) connectOnce(i int, p *person) (*wire.Conn, error) {
+	c, err := wire.Dial(w.NATSURL(i), w.trust, 10*time.Second)
+	if err != nil {
+		return nil, err
+	}
+	return c, c.Connect(wire.Proof(p.kp, c.Info.Nonce))
+}
+
+// measureIdle is the CPU that leases cost while nobody connects, in ms a second.
+func (b *bench) measureIdle() storm {
+	callouts, servers, started := b.cpu(cluster.Authcallout), b.cpu(cluster.NATS), time.Now()
+	hold(b.t.Context(), b.idle)
+	s := time.Since(started).Seconds()
+	return storm{callouts: (b.cpu(cluster.Authcallout) - callouts) / s, servers: (b.cpu(cluster.NATS) - servers) / s}
+}
+
+// refusals measures what strangers with a proper signature can make us spend.
+func (b *bench) refusals() {
+	strangers := make([]*person, b.strangers)
+	for i := range strangers {
+		strangers[i] = newPerson(b.t, "stranger")
+	}
+	s := storming(b.world, strangers, wire.ErrDenied)
+	b.row("strangers refused/s", "", "%.0f", s.rate)
+	b.row("refusal p50 / p99", "", "%s / %s", ms(s.p50), ms(s.p99))
+	b.row("CPU a refusal: authcallout / servers", "<= 0.25 ms /", "%.2f / %.2f ms", s.callouts, s.servers)
+}
+
+// barriers are taken one at a time, further apart than the View spaces them.
+func (b *bench) barriers() {
+	took := make([]time.Duration, b.scale.barriers)
+	for i := range took {
+		hold(b.t.Context(), 30*time.Millisecond)
+		started := time.Now()
+		if err := b.view.Barrier(b.t.Context()); err != nil {
+			b.t.Fatal(err)
+		}
+		took[i] = time.Since(started)
+	}
+	b.row("barrier p50 / p99", "", "%s / %s", ms(quantile(took, .50)), ms(quantile(took, .99)))
+}
+
+// changes are made at rest, one after another, all six services holding leases.
+func (b *bench) changes() {
+	people := make([]*person, b.scale.changes)
+	for i := range people {
+		people[i] = newPerson(b.t, fmt.Sprintf("changing-%d", i))
+	}
+	room := benchRoom(0)
+	for _, c := range []struct {
+		name string
+		make func(context.Context, *person) (kv.Result, error)
+	}{
+		{"user add", func(ctx context.Context, p *person) (kv.Result, error) {
+			return b.store.AddUser(ctx, p.key, bus.Handle(p.name), bus.Member)
+		}},
+		{"room add", func(ctx context.Context, p *person) (kv.Result, error) {
+			return b.store.SetMember(ctx, room, p.key, bus.Writer)
+		}},
+		{"room remove", func(ctx context.Context, p *person) (kv.Result, error) {
+			return b.store.RemoveMember(ctx, room, p.key)
+		}},
+		{"user revoke", func(ctx context.Context, p *person) (kv.Result, error) {
+			return b.store.RevokeUser(ctx, p.key)
+		}},
+	} {
+		returned, applied := make([]time.Duration, len(people)), make([]time.Duration, len(people))
+		for i, p := range people {
+			hold(b.t.Context(), 15*time.Millisecond)
+			started := time.Now()
+			res, err := c.make(b.t.Context(), p)
+			returned[i], applied[i] = time.Since(started), res.Elapsed
+			if err != nil || res.Holders != 6 || len(res.Expired) > 0 {
+				b.t.Fatalf("%s %s: %v, %d holders, waited out %v; want 6 and none", c.name, p.name, err, res.Holders, res.Expired)
+			}
+		}
+		b.row(c.name+": return p50 / p99", "", "%s / %s", ms(quantile(returned, .50)), ms(quantile(returned, .99)))
+		b.row(c.name+": write to 6 of 6 Views p50 / p99", "p99 <= 5 ms", "%s / %s", ms(quantile(applied, .50)), ms(quantile(applied, .99)))
+	}
+}
+
+// fill fills the buckets and looks at memory and at the time to load them.
+func (b *bench) fill(before float64) {
+	b.seedUsers(len(b.users), b.many-len(b.users))
+	b.row("authcallout RSS, 1 user", "", "%.0f MiB", before)
+	b.row(fmt.Sprintf("authcallout RSS, %d users, %d memberships", b.many, b.many*roomsPerUser), "", "%.0f MiB", b.memory(cluster.Authcallout))
+	took, heap := b.loadView()
+	b.row("a new View of them: load, to the first barrier", "<= 2 s", "%.2f s", took.Seconds())
+	b.row("heap of that View", "<= 400 B a record", "%.0f MiB, %.0f B a record", heap/(1<<20), heap/float64(b.many*(1+roomsPerUser)))
+	b.Term(3, cluster.Authcallout)
+	started := time.Now()
+	b.StartNode(3, cluster.Authcallout)
+	b.WaitHealthy(time.Minute, 3)
+	b.row("authcallout: start until it answers", "", "%.2f s", time.Since(started).Seconds())
+	b.row("authcallout RSS after that", "", "%.0f MiB", b.resident(3, cluster.Authcallout))
+}
+
+// loadView loads a View from nothing and returns the time and its heap in bytes.
+func (b *bench) loadView() (time.Duration, float64) {
+	b.t.Helper()
+	nc, err := kv.Connect(kv.Link{
+		URL: b.URLs(b.NATSURL), SeedFile: b.Seed("ops"), CAFile: b.CA(), Name: "test-load", Inbox: "_INBOX_ops", Timeout: 2 * time.Second,
+	})
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	defer nc.Close()
+	view, err := kv.NewView(kv.ViewConfig{Conn: nc, Service: "unibusctl", Node: "load"})
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	before := heapInUse()
+	ctx, cancel := context.WithTimeout(b.t.Context(), time.Minute)
+	done := make(chan struct{})
+	started := time.Now()
+	go func() { view.Run(ctx); close(done) }()
+	err = view.Barrier(ctx)
+	took := time.Since(started)
+	heap := heapInUse() - before
+	users := view.UserRecords()
+	cancel()
+	<-done
+	if err != nil || users < b.many {
+		b.t.Fatalf("a new View holds %d users, want %d: %v", users, b.many, err)
+	}
+	return took, heap
+}
+
+func heapInUse() float64 {
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return float64(m.HeapAlloc)
+}
+
+// signatureFloor is the CPU, in ms, of the signatures that no callout can do
+// without: two verified (the server's, the client's) and two made (the user's
+// JWT, the answer). Measured on one thread at rest.
+func signatureFloor() float64 {
+	pub, priv, _ := ed25519.GenerateKey(rand.Reader)
+	text := make([]byte, 2000)
+	sig := ed25519.Sign(priv, text)
+	const n = 300
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	before := threadCPU()
+	for range n {
+		for range 2 {
+			ed25519.Verify(pub, text, sig)
+			sig = ed25519.Sign(priv, text)
+		}
+	}
+	return (threadCPU() - before) / n
+}
+
+func threadCPU() float64 {
+	const thisThread = 1 // RUSAGE_THREAD of getrusage(2)
+	var u syscall.Rusage
+	_ = syscall.Getrusage(thisThread, &u)
+	return float64(u.Utime.Nano()+u.Stime.Nano()) / 1e6
+}
+
+// cpu is what one service of all nodes has used so far, in ms; 0 for a service
+// that the cluster does not have.
+func (w *world) cpu(s cluster.Service) (sum float64) {
+	w.t.Helper()
+	for _, i := range w.Nodes() {
+		pid := w.PID(i, s)
+		if pid == 0 {
+			continue
+		}
+		stat, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "stat"))
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		// Fields 14 and 15 of proc(5), counted behind the command, in ticks of 10 ms.
+		fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
+		for _, f := range fields[11:13] {
+			ticks, err := strconv.ParseUint(f, 10, 64)
+			if err != nil {
+				w.t.Fatal(err)
+			}
+			sum += float64(ticks) * 10
+		}
+	}
+	return sum
+}
+
+// memory is the mean resident memory of a service over the nodes, in MiB.
+func (w *world) memory(s cluster.Service) (mean float64) {
+	for _, i := range w.Nodes() {
+		mean += w.resident(i, s) / 3
+	}
+	return mean
+}
+
+func (w *world) resident(i int, s cluster.Service) float64 {
+	w.t.Helper()
+	status, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(w.PID(i, s)), "status"))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	for line := range strings.Lines(string(status)) {
+		if f := strings.Fields(line); len(f) == 3 && f[0] == "VmRSS:" {
+			kib, _ := strconv.ParseFloat(f[1], 64)
+			return kib / 1024
+		}
+	}
+	w.t.Fatalf("%s of n%d has no VmRSS", s, i)
+	return 0
+}
