@@ -67,9 +67,24 @@ type Config struct {
 	Now     func() time.Time
 }
 
+// source is what decisions rest on: a View, and in tests one that changes its
+// mind at the worst moment.
+type source interface {
+	Lease() (until time.Time, held bool)
+	Access(k bus.UserKey) (*kv.Access, error)
+	PlainAccess(ctx context.Context, k bus.UserKey) (*kv.Access, error)
+	Barrier(ctx context.Context) error
+	Hold(k bus.UserKey) releaser
+}
+
+type viewSource struct{ *kv.View }
+
+func (v viewSource) Hold(k bus.UserKey) releaser { return v.View.Hold(k) }
+
 // Service answers authorization requests. It is safe for concurrent use.
 type Service struct {
 	cfg     Config
+	view    source
 	opener  *opener
 	minter  *minter
 	jobs    chan job
@@ -85,6 +100,7 @@ type Service struct {
 
 type job struct {
 	msg      *nats.Msg
+	respond  func([]byte) error
 	received time.Time
 }
 
@@ -95,7 +111,7 @@ func New(cfg Config) (*Service, error) {
 		return nil, err
 	}
 	return &Service{
-		cfg: cfg, opener: newOpener(cfg.Keys, cfg.Now), minter: m,
+		cfg: cfg, view: viewSource{cfg.View}, opener: newOpener(cfg.Keys, cfg.Now), minter: m,
 		jobs: make(chan job, queueLength), doubts: make(chan struct{}, queueLength), effects: newEffects(), probes: map[bus.UserKey]chan struct{}{},
 	}, nil
 }
@@ -158,7 +174,7 @@ func (s *Service) Joined() bool {
 // the server's own deadline slows down whoever sends too many.
 func (s *Service) take(m *nats.Msg) {
 	select {
-	case s.jobs <- job{m, s.cfg.Now()}:
+	case s.jobs <- job{m, m.Respond, s.cfg.Now()}:
 		s.cfg.Metrics.queue.Set(float64(len(s.jobs)))
 	default:
 		s.cfg.Metrics.shed.Inc()
@@ -251,7 +267,7 @@ func (s *Service) answer(ctx context.Context, j job) {
 // more behind a barrier, so that a grant of a moment ago is never missed. That
 // wait is not the worker's: a crowd of strangers must not keep members waiting.
 func (s *Service) decideAndReply(ctx context.Context, j job, c *call, req Request) {
-	hold := s.cfg.View.Hold(req.User)
+	hold := s.view.Hold(req.User)
 	v := s.look(ctx, req)
 	if !v.out.doubtful() {
 		s.reply(j, c, req, hold, v)
@@ -268,7 +284,7 @@ func (s *Service) decideAndReply(ctx context.Context, j job, c *call, req Reques
 		defer func() { <-s.doubts }()
 		bctx, cancel := context.WithDeadline(context.WithoutCancel(ctx), j.received.Add(Deadline))
 		defer cancel()
-		if err := s.cfg.View.Barrier(bctx); err != nil {
+		if err := s.view.Barrier(bctx); err != nil {
 			v.out = silence("no_barrier", err)
 		} else {
 			v = s.look(bctx, req)
@@ -287,20 +303,20 @@ type verdict struct {
 // look decides on the View under a lease, without I/O.
 func (s *Service) look(ctx context.Context, req Request) verdict {
 	if guard.Off(guard.FreshReads) {
-		access, err := s.cfg.View.PlainAccess(ctx, req.User)
+		access, err := s.view.PlainAccess(ctx, req.User)
 		return verdict{access, s.cfg.Now().Add(answerLife), decide(access, err, s.cfg.Now())}
 	}
-	until, held := s.cfg.View.Lease()
+	until, held := s.view.Lease()
 	if !held {
 		return verdict{until: until, out: silence("no_lease", nil)}
 	}
-	access, err := s.cfg.View.Access(req.User)
+	access, err := s.view.Access(req.User)
 	return verdict{access, until, decide(access, err, s.cfg.Now())}
 }
 
 // reply turns a verdict into an answer, or into none, and lets go of the hold
 // when that can have no further effect.
-func (s *Service) reply(j job, c *call, req Request, hold *kv.Hold, v verdict) {
+func (s *Service) reply(j job, c *call, req Request, hold releaser, v verdict) {
 	kept := false
 	defer func() {
 		if !kept {
@@ -329,13 +345,13 @@ func (s *Service) reply(j job, c *call, req Request, hold *kv.Hold, v verdict) {
 	guard.Pause("reply")
 	// The process may have been paused since the lease was checked. A pause
 	// after this line is caught by the answer's own expiry.
-	if _, held := s.cfg.View.Lease(); !held && !guard.Off(guard.FreshReads) {
+	if _, held := s.view.Lease(); !held && !guard.Off(guard.FreshReads) {
 		s.record(j, c, silence("lease_lost", nil), access)
 		return
 	}
 	kept = true
 	s.effects.begin(c, hold, expires.Sub(now)+effectMargin)
-	err = j.msg.Respond(reply)
+	err = j.respond(reply)
 	if err == nil {
 		s.record(j, c, out, access)
 		return
@@ -351,7 +367,7 @@ func (s *Service) reply(j job, c *call, req Request, hold *kv.Hold, v verdict) {
 func (s *Service) deny(j job, c *call, out outcome, access *kv.Access) {
 	reply, err := s.minter.deny(c, s.cfg.Now().Add(answerLife))
 	if err == nil {
-		err = j.msg.Respond(reply)
+		err = j.respond(reply)
 	}
 	if err != nil {
 		out = silence("reply", err)
