@@ -338,7 +338,7 @@ func (s *Store) retried(ctx context.Context, key string, attempt func() (Result,
 			return Result{}, err
 		}
 		res, err := attempt()
-		if !errors.Is(err, errRaced) || try == 20 {
+		if !errors.Is(err, errRaced) || try == 64 {
 			return res, err
 		}
 	}
