@@ -348,6 +348,10 @@ func (t *table) put(i int, r record) {
 
 var errMisfiled = errors.New("the record names another key than the one it is stored under")
 
+// errForgotten marks a user record that was deleted by hand. A key that was ever
+// registered is never free again, so this is not the same as no record.
+var errForgotten = errors.New("the record was deleted; write it again as it was")
+
 func (t *table) putUser(r record) error {
 	k, err := bus.ParseUserKey(r.key)
 	if err != nil || k.Hex() != r.key {
@@ -355,7 +359,7 @@ func (t *table) putUser(r record) error {
 	}
 	delete(t.users, k)
 	if r.value == nil {
-		return nil
+		return errForgotten
 	}
 	var u bus.User
 	if err := json.Unmarshal(r.value, &u); err != nil {

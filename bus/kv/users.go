@@ -28,23 +28,22 @@ type reservation struct {
 // Bootstrap makes the first admin. It succeeds once in the life of a cluster:
 // the write is conditional on no user record ever having existed.
 func (s *Store) Bootstrap(ctx context.Context, key bus.UserKey, handle bus.Handle) (Result, error) {
-	if err := s.barrier(ctx); err != nil {
-		return Result{}, err
-	}
-	if last := s.view.revisionAnyUser(); last != 0 {
-		return Result{}, alreadyBootstrapped()
-	}
-	claim, err := s.reserve(ctx, handle, key)
-	if err != nil {
-		return Result{}, err
-	}
-	u := s.newUser(key, handle, bus.Admin)
-	res, err := s.change(ctx, usersIdx, key.Hex(), u, expectation{filter: anyUser})
-	if bus.CodeOf(err) == bus.Conflict {
-		s.free(ctx, handle, claim)
-		return Result{}, alreadyBootstrapped()
-	}
-	return res, err
+	return s.retried(ctx, key.Hex(), func() (Result, error) {
+		if last := s.view.revisionAnyUser(); last != 0 {
+			return Result{}, alreadyBootstrapped()
+		}
+		claim, err := s.reserve(ctx, handle, key)
+		if err != nil {
+			return Result{}, raced(err) // there is no user yet, so the other one is a bootstrap too
+		}
+		u := s.newUser(key, handle, bus.Admin)
+		res, err := s.change(ctx, usersIdx, key.Hex(), u, expectation{filter: anyUser})
+		if bus.CodeOf(err) == bus.Conflict {
+			s.free(ctx, handle, claim)
+			return Result{}, alreadyBootstrapped()
+		}
+		return res, err
+	})
 }
 
 func alreadyBootstrapped() *bus.Error {
@@ -59,24 +58,33 @@ func (s *Store) newUser(key bus.UserKey, handle bus.Handle, role bus.Role) bus.U
 }
 
 // AddUser registers a key. Write order: the handle is reserved first, which
-// grants nothing; the user record, created only if the key was never written,
-// grants. A key that was ever registered is refused and nothing changes.
+// grants nothing; the user record, conditional on the whole table of users
+// being the one that was looked at, grants. A key that was ever registered is
+// refused and nothing changes.
 func (s *Store) AddUser(ctx context.Context, key bus.UserKey, handle bus.Handle, role bus.Role) (Result, error) {
-	return s.retried(ctx, key.Hex(), func() (Result, error) {
+	var claim uint64
+	res, err := s.retried(ctx, key.Hex(), func() (Result, error) {
+		// Taken before the look: a reservation without a user may be taken over
+		// while its owner is still at it, so only this condition keeps two adds
+		// from giving one handle to two keys.
+		want := expectation{revision: s.view.revisionAnyUser(), filter: anyUser}
 		if known, err := s.view.Access(key); known != nil || err != nil {
 			return Result{}, alreadyRegistered(key, known)
 		}
-		claim, err := s.reserve(ctx, handle, key)
-		if err != nil {
+		if u, _, ok := s.view.UserByHandle(handle); ok {
+			return Result{}, handleTaken(u)
+		}
+		var err error
+		if claim, err = s.reserve(ctx, handle, key); err != nil {
 			return Result{}, err
 		}
-		res, err := s.change(ctx, usersIdx, key.Hex(), s.newUser(key, handle, role), expectation{})
-		if bus.CodeOf(err) == bus.Conflict {
-			s.free(ctx, handle, claim)
-			return Result{}, alreadyRegistered(key, nil)
-		}
-		return res, err
+		res, err := s.change(ctx, usersIdx, key.Hex(), s.newUser(key, handle, role), want)
+		return res, raced(err)
 	})
+	if bus.CodeOf(err) == bus.Conflict && claim != 0 {
+		s.free(ctx, handle, claim)
+	}
+	return res, err
 }
 
 func alreadyRegistered(key bus.UserKey, known *Access) *bus.Error {
@@ -185,8 +193,9 @@ func (s *Store) readReservation(ctx context.Context, h bus.Handle) (reservation,
 		return reservation{}, 0, bus.E(bus.Unavailable, "no quorum: read of handle %s: %w", h, err)
 	}
 	m, err := st.GetLastMsgForSubject(rctx, subjectOf(Handles, string(h)))
-	if errors.Is(err, jetstream.ErrMsgNotFound) {
-		return reservation{}, 0, bus.E(bus.Unavailable, "handle %s was reserved and cannot be read yet; repeat the command", h)
+	if errors.Is(err, jetstream.ErrMsgNotFound) { // proposed by somebody else at this moment, and not yet stored
+		return reservation{}, 0, fmt.Errorf("%w: %w", errRaced,
+			bus.E(bus.Unavailable, "handle %s is being reserved and cannot be read yet", h).WithHint("repeat the command"))
 	}
 	if err != nil {
 		return reservation{}, 0, bus.E(bus.Unavailable, "no quorum: read of handle %s: %w", h, err)
