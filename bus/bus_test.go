@@ -1,12 +1,15 @@
 package bus_test
 
 import (
+	"bytes"
 	"encoding/hex"
 	"errors"
+	"math/rand/v2"
 	"strings"
 	"testing"
 	"time"
 
+	"filippo.io/edwards25519"
 	"github.com/nats-io/nkeys"
 
 	"unibus.internal/bus"
@@ -44,6 +47,43 @@ func TestKeysThatAnyoneCouldSignForAreRefused(t *testing.T) {
 		if _, err := bus.ParseUserKey(string(n)); bus.CodeOf(err) != bus.Invalid {
 			t.Errorf("%s as nkey: %v, want invalid", h, err)
 		}
+	}
+}
+
+// TestCheckUserKeyAgreesWithThePoint compares with the encoding of the point
+// itself, near the field's prime, where points have two, and at random.
+func TestCheckUserKeyAgreesWithThePoint(t *testing.T) {
+	var keys []bus.UserKey
+	for low := range 256 {
+		for _, next := range []byte{0x00, 0xfe, 0xff} {
+			for _, top := range []byte{0x00, 0x7e, 0x7f, 0x80, 0xfe, 0xff} {
+				k := bus.UserKey(bytes.Repeat([]byte{0xff}, 32))
+				k[0], k[1], k[31] = byte(low), next, top
+				keys = append(keys, k)
+			}
+		}
+	}
+	random := rand.New(rand.NewPCG(1, 2))
+	for range 1000 {
+		var k bus.UserKey
+		for i := range k {
+			k[i] = byte(random.Uint32())
+		}
+		keys = append(keys, k)
+	}
+	good := 0
+	for _, k := range keys {
+		p, err := new(edwards25519.Point).SetBytes(k[:])
+		want := err == nil && bytes.Equal(p.Bytes(), k[:]) && new(edwards25519.Point).MultByCofactor(p).Equal(edwards25519.NewIdentityPoint()) == 0
+		if got := bus.CheckUserKey(k) == nil; got != want {
+			t.Errorf("%s: accepted %t, want %t", k.Hex(), got, want)
+		}
+		if want {
+			good++
+		}
+	}
+	if good < len(keys)/4 || good == len(keys) {
+		t.Errorf("%d of %d keys are good: the test compares nothing", good, len(keys))
 	}
 }
 
