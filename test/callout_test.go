@@ -356,8 +356,7 @@ func TestCalloutKeyRotation(t *testing.T) {
 		creds := filepath.Join(w.Etc(i), "creds")
 		issuer.write(t, filepath.Join(creds, "issuer-next.nk"))
 		xkey.write(t, filepath.Join(creds, "xkey-next.nk"))
-		w.Term(i, cluster.Authcallout)
-		w.StartNode(i, cluster.Authcallout)
+		w.restartCallout(i)
 	}
 	w.waitAdmits(p, 1, 2, 3)
 	old := map[string]string{publicOf(t, w.Seed("issuer")): issuer.public, publicOf(t, w.Seed("xkey")): xkey.public}
@@ -392,11 +391,17 @@ func TestCalloutKeyRotation(t *testing.T) {
 			}
 		}
 		w.SetEnv(i, cluster.Authcallout, "UNIBUS_ISSUER", issuer.public)
-		w.Term(i, cluster.Authcallout)
-		w.StartNode(i, cluster.Authcallout)
+		w.restartCallout(i)
 	}
-	w.WaitHealthy(30 * time.Second)
 	w.waitAdmits(p, 1, 2, 3)
+}
+
+// restartCallout is one step of a rolling restart.
+func (w *world) restartCallout(i int) {
+	w.t.Helper()
+	w.Term(i, cluster.Authcallout)
+	w.StartNode(i, cluster.Authcallout)
+	cluster.WaitFor(w.t, 20*time.Second, "the callout to be back", func() error { return w.CalloutReady(w.t.Context(), i) })
 }
 
 type seed struct {

@@ -156,6 +156,28 @@ func TestSessionsDoNotEndTogether(t *testing.T) {
 	}
 }
 
+// TestTheLargestAnswerFits: nobody is locked out by their own rooms while the
+// servers' max_payload is the 1 MB of the shipped configuration.
+func TestTheLargestAnswerFits(t *testing.T) {
+	s := newScene(t)
+	c, req := s.genuine(t)
+	var rooms []kv.Grant
+	for i := range bus.MaxRoomsPerUser {
+		id, err := bus.ParseRoomID(fmt.Sprintf("%032d", i))
+		must(t, err)
+		rooms = append(rooms, kv.Grant{Room: id, Role: bus.Owner})
+	}
+	reply, err := newTestMinter(t, s.keys).admit(c, req, s.access(t, rooms...), moment.Add(answerLife))
+	must(t, err)
+	if _, user := s.readAnswer(t, reply); len(user.Pub.Allow) != bus.MaxRoomsPerUser {
+		t.Errorf("%d rooms to publish in, want %d", len(user.Pub.Allow), bus.MaxRoomsPerUser)
+	}
+	if len(reply) > 512<<10 {
+		t.Errorf("the answer has %d bytes", len(reply))
+	}
+	t.Logf("%d bytes", len(reply))
+}
+
 func TestDenySaysNothing(t *testing.T) {
 	s := newScene(t)
 	c, _ := s.genuine(t)
