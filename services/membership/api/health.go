@@ -21,6 +21,11 @@ const (
 	probeStale   = 3*probeEvery + probeTimeout
 	probeTimeout = 1500 * time.Millisecond
 	postureEvery = 10 * time.Second
+
+	// An election takes up to 9 s, two rounds if votes split, and is seen one
+	// measurement late. This need not be short: without a quorum the lease is
+	// lost within its own time, whatever the streams last said.
+	leaderGrace = 2*kv.DefaultLease + probeEvery + probeTimeout
 )
 
 // HealthConfig configures a Health.
@@ -49,7 +54,7 @@ type Health struct {
 }
 
 // sighting is when a stream was last seen with a leader and its definition in
-// order. Between two elections that is old news, never longer than a lease.
+// order. Between two elections that is old news, never longer than leaderGrace.
 type sighting struct {
 	at  time.Time
 	err error
@@ -249,15 +254,15 @@ func when(bad bool, why string) string {
 }
 
 // bucketFault names the first stream that is not as it must be. A leader that
-// is missing for less than a lease is an election.
+// is missing for less than the grace is an election.
 func (h *Health) bucketFault(now time.Time) string {
 	for _, want := range kv.Streams() {
 		s := h.streams[want.Name]
 		switch {
 		case s.err != nil:
 			return s.err.Error()
-		case now.Sub(s.at) > kv.DefaultLease:
-			return fmt.Sprintf("stream %s has had no leader for %s", want.Name, kv.DefaultLease)
+		case now.Sub(s.at) > leaderGrace:
+			return fmt.Sprintf("stream %s has had no leader for %s", want.Name, leaderGrace)
 		}
 	}
 	return ""
