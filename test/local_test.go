@@ -125,6 +125,7 @@ func (r *runner) describe() (d description) {
 // Two clusters side by side: up, again up, what they say about themselves, a
 // killed process, down.
 func TestLocalCluster(t *testing.T) {
+	t.Parallel()
 	a, b := newRunner(t), newRunner(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	second := b.command(ctx, "up")
@@ -252,6 +253,7 @@ func environmentWorks(t *testing.T, r *runner) {
 }
 
 func TestLocalClusterInterrupted(t *testing.T) {
+	t.Parallel()
 	r := newRunner(t)
 	up := r.command(t.Context(), "up")
 	if err := up.Start(); err != nil {
@@ -280,6 +282,7 @@ func TestLocalClusterInterrupted(t *testing.T) {
 }
 
 func TestLocalClusterRefuses(t *testing.T) {
+	t.Parallel()
 	r := newRunner(t)
 	base := r.env[len(r.env)-1]
 	t.Run("a taken port", func(t *testing.T) {

@@ -22,6 +22,7 @@ import (
 // nowhere else, what is not protected is on loopback, and no listener says
 // more to a stranger than that it is there.
 func TestStrangers(t *testing.T) {
+	t.Parallel()
 	c := cluster.Start(t, cluster.Options{Membership: true, Authcallout: true})
 	t.Run("listeners", func(t *testing.T) { listensNowhereElse(t, c.In(t)) })
 	t.Run("without TLS", func(t *testing.T) { refusesPlaintext(t, c.In(t)) })
