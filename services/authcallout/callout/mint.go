@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	mrand "math/rand/v2"
 	"strings"
 	"sync"
@@ -79,8 +80,9 @@ func ParseKeys(issuerSeed, curveSeed []byte) (Keys, error) {
 
 // minter is the only code that uses the issuer's private key.
 type minter struct {
-	ttl time.Duration
-	now func() time.Time
+	ttl  time.Duration
+	now  func() time.Time
+	rand io.Reader // of nonces and ids; crypto/rand but in a test of golden bytes
 
 	mu       sync.Mutex
 	rendered map[bus.UserKey]rendering
@@ -100,7 +102,7 @@ func newMinter(keys []Keys, ttl time.Duration, now func() time.Time) (*minter, e
 	if ttl < time.Minute || ttl > maxTTL {
 		return nil, bus.E(bus.Invalid, "a session lives between 1m and 720h, not %s", ttl)
 	}
-	return &minter{ttl: ttl, now: now, rendered: map[bus.UserKey]rendering{}}, nil
+	return &minter{ttl: ttl, now: now, rand: rand.Reader, rendered: map[bus.UserKey]rendering{}}, nil
 }
 
 // rules are the subjects of one direction, in the server's JSON.
@@ -227,7 +229,7 @@ func (m *minter) admit(c *call, req Request, a *kv.Access, expires time.Time) ([
 		until = *e
 	}
 	token := sign(c, fmt.Appendf(make([]byte, 0, 512+len(perms)), userClaims,
-		userAccount, until.Unix(), tokenID(), now.Unix(), c.keys.Issuer.Public, req.User.NKey(), c.userNKey, perms))
+		userAccount, until.Unix(), m.tokenID(), now.Unix(), c.keys.Issuer.Public, req.User.NKey(), c.userNKey, perms))
 	return m.respond(c, "jwt", string(token), expires)
 }
 
@@ -252,9 +254,9 @@ func (m *minter) respond(c *call, field, value string, expires time.Time) ([]byt
 		exp = ""
 	}
 	token := sign(c, fmt.Appendf(make([]byte, 0, 512+len(value)), answerClaims,
-		c.serverID, exp, tokenID(), m.now().Unix(), c.keys.Issuer.Public, c.userNKey, field, value))
+		c.serverID, exp, m.tokenID(), m.now().Unix(), c.keys.Issuer.Public, c.userNKey, field, value))
 	var nonce [sealNonce]byte
-	if _, err := rand.Read(nonce[:]); err != nil {
+	if _, err := io.ReadFull(m.rand, nonce[:]); err != nil {
 		return nil, fmt.Errorf("randomness: %w", err)
 	}
 	out := append([]byte(sealVersion), nonce[:]...)
@@ -273,8 +275,8 @@ func sign(c *call, claims []byte) []byte {
 	return enc.AppendEncode(append(out, '.'), sig)
 }
 
-func tokenID() string {
+func (m *minter) tokenID() string {
 	var b [16]byte
-	_, _ = rand.Read(b[:]) // never fails since Go 1.24; an id of zeros would only be a poor id
+	_, _ = io.ReadFull(m.rand, b[:]) // never fails since Go 1.24; an id of zeros would only be a poor id
 	return hex.EncodeToString(b[:])
 }

@@ -432,6 +432,7 @@ func TestRunAnswersWhatWasDelivered(t *testing.T) {
 		if waited := time.Since(began); waited < answerLife {
 			t.Errorf("Run ends %s after the last answer, which lives %s", waited, answerLife)
 		}
+		synctest.Wait() // the effect and Run's patience end in the same moment
 		g.hold.want(t, 10)
 	})
 }
