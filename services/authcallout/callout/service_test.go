@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"io"
 	"log/slog"
 	"slices"
 	"strings"
@@ -384,7 +383,9 @@ func TestAFullQueueSheds(t *testing.T) {
 // TestACrowdOfStrangersDoesNotKeepMembersWaiting: doubts wait for their barrier
 // outside the workers, so many at most, and the one too many is dropped.
 func TestACrowdOfStrangersDoesNotKeepMembersWaiting(t *testing.T) {
+	const slots = 4
 	g := newStage(t)
+	g.service.doubts = make(chan struct{}, slots)
 	grant, known := g.tells, false
 	g.tells = func() (*kv.Access, error) {
 		if known {
@@ -395,7 +396,7 @@ func TestACrowdOfStrangersDoesNotKeepMembersWaiting(t *testing.T) {
 	quorum := make(chan struct{})
 	g.barrier = func() error { <-quorum; return errors.New("no quorum") }
 	m := g.parts(t).message(t)
-	for range queueLength + 3 {
+	for range slots + 3 {
 		g.service.answer(t.Context(), g.job(m)) // returns although no barrier does
 	}
 	if n := g.count(t, "unibus_auth_shed_total"); n != 3 {
@@ -406,10 +407,10 @@ func TestACrowdOfStrangersDoesNotKeepMembersWaiting(t *testing.T) {
 	g.service.answer(t.Context(), g.job(m))
 	g.wantAdmitted(t)
 	close(quorum)
-	for range queueLength {
+	for range slots {
 		g.service.doubts <- struct{}{}
 	}
-	g.hold.want(t, 3+queueLength)
+	g.hold.want(t, 3+slots)
 }
 
 // TestRunAnswersWhatWasDelivered: after the signal to stop every queued request
@@ -499,12 +500,12 @@ func BenchmarkAnswer(b *testing.B) {
 	g := newStage(b)
 	a := g.access(b, benchRooms...)
 	g.tells = func() (*kv.Access, error) { return a, nil }
-	g.service.cfg.Log = slog.New(slog.NewTextHandler(io.Discard, nil))
 	j := g.job(g.parts(b).message(b))
 	j.respond = func([]byte) error { g.service.Connected(g.server.pub, 7); return nil }
 	b.ReportAllocs()
 	for b.Loop() {
 		g.said = g.said[:0]
+		g.log.Reset()
 		g.service.answer(b.Context(), j)
 	}
 }
