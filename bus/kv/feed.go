@@ -2,6 +2,7 @@ package kv
 
 import (
 	"context"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -361,13 +362,18 @@ func (t *table) putUser(r record) error {
 	if r.value == nil {
 		return errForgotten
 	}
-	var u bus.User
-	if err := json.Unmarshal(r.value, &u); err != nil {
+	var stored struct {
+		bus.User
+		Key string `json:"sign_pub"` // of which r.key has been checked
+	}
+	if err := json.Unmarshal(r.value, &stored); err != nil {
 		return err
 	}
-	if u.Key != k {
+	if stored.Key != r.key {
 		return errMisfiled
 	}
+	u := stored.User
+	u.Key = k
 	if err := u.Validate(); err != nil {
 		return err
 	}
@@ -398,11 +404,27 @@ func (t *table) putRoom(r record) error {
 	return nil
 }
 
+// memberOf reads the user of a membership. A key that is there already has been
+// checked: each check costs as much as the rest of the record, and a View that
+// loads would make it once for every room of a user.
+func (t *table) memberOf(user string) (k bus.UserKey, err error) {
+	if len(user) == hex.EncodedLen(len(k)) {
+		if _, err := hex.Decode(k[:], []byte(user)); err == nil && t.members[k] != nil && k.Hex() == user {
+			return k, nil
+		}
+	}
+	k, err = bus.ParseUserKey(user)
+	if err == nil && k.Hex() != user {
+		err = errMisfiled
+	}
+	return k, err
+}
+
 func (t *table) putMember(r record) error {
 	room, user, ok := strings.Cut(r.key, ".")
 	id, err1 := bus.ParseRoomID(room)
-	k, err2 := bus.ParseUserKey(user)
-	if !ok || err1 != nil || err2 != nil || k.Hex() != user {
+	k, err2 := t.memberOf(user)
+	if !ok || err1 != nil || err2 != nil {
 		return errMisfiled
 	}
 	delete(t.members[k], id)
@@ -410,13 +432,18 @@ func (t *table) putMember(r record) error {
 	if r.value == nil {
 		return nil
 	}
-	var m bus.Membership
-	if err := json.Unmarshal(r.value, &m); err != nil {
+	var stored struct {
+		bus.Membership
+		User string `json:"user"` // of which r.key has been checked
+	}
+	if err := json.Unmarshal(r.value, &stored); err != nil {
 		return err
 	}
-	if m.Room != id || m.User != k {
+	if stored.Room != id || stored.User != user {
 		return errMisfiled
 	}
+	m := stored.Membership
+	m.User = k
 	if err := m.Validate(); err != nil {
 		return err
 	}

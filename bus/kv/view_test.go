@@ -1,6 +1,7 @@
 package kv
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -108,6 +109,50 @@ func TestBrokenRecordDeniesItsOwnKeyOnly(t *testing.T) {
 			put(t, v, usersIdx, 4, alice.Hex(), encode(t, goodUser(alice, "alice")))
 			if a, err := v.Access(alice); err != nil || a == nil || len(v.Broken()) != 0 {
 				t.Errorf("a repaired record stays denied: %v, %v", a, err)
+			}
+		})
+	}
+}
+
+// A membership under a key that spells its user in any other way grants nothing,
+// whether that user is known already or not.
+func TestMisfiledMembershipGrantsNothing(t *testing.T) {
+	alice, bob := newKey(t), newKey(t)
+	of := func(k bus.UserKey) []byte {
+		return encode(t, bus.Membership{V: 1, Room: "ops", User: k, Role: bus.Owner, Status: bus.Present})
+	}
+	lowOrder := "01" + strings.Repeat("00", 31)
+	for name, c := range map[string]struct{ key, value string }{
+		"too long":           {"ops." + alice.Hex() + "00", string(of(alice))},
+		"much too long":      {"ops." + strings.Repeat(alice.Hex(), 3), string(of(alice))},
+		"too short":          {"ops." + alice.Hex()[:62], string(of(alice))},
+		"upper case":         {"ops." + strings.ToUpper(alice.Hex()), string(of(alice))},
+		"an nkey":            {"ops." + alice.NKey(), string(of(alice))},
+		"no hex":             {"ops." + strings.Repeat("z", 64), string(of(alice))},
+		"another's record":   {"ops." + alice.Hex(), string(of(bob))},
+		"another room's":     {"dev." + alice.Hex(), string(of(alice))},
+		"no user":            {"ops." + alice.Hex(), `{"v":1,"room":"ops","role":"owner","status":"present"}`},
+		"a low-order key":    {"ops." + lowOrder, strings.Replace(string(of(alice)), alice.Hex(), lowOrder, 1)},
+		"a wildcard of keys": {"ops.*", string(of(alice))},
+	} {
+		t.Run(name, func(t *testing.T) {
+			v, _ := newTestView(t)
+			put(t, v, usersIdx, 1, alice.Hex(), encode(t, goodUser(alice, "alice")))
+			for i, id := range []bus.RoomID{"ops", "dev", "own"} {
+				put(t, v, roomsIdx, uint64(i+1), string(id), encode(t, bus.Room{V: 1, ID: id, Status: bus.RoomActive, Creator: bob}))
+			}
+			for rev, member := range []bool{false, true} { // unknown, then known
+				if member {
+					put(t, v, membersIdx, 10, "own."+alice.Hex(), bytes.ReplaceAll(of(alice), []byte("ops"), []byte("own")))
+				}
+				put(t, v, membersIdx, uint64(11+rev), c.key, []byte(c.value))
+				a, err := v.Access(alice)
+				if err != nil || a == nil || len(a.Rooms) != rev {
+					t.Errorf("access of alice = %+v, %v; want %d rooms", a, err, rev)
+				}
+				if b := v.Broken(); len(b) != 1 || b[0].Key != c.key {
+					t.Errorf("broken = %+v, want %s", b, c.key)
+				}
 			}
 		})
 	}
