@@ -139,7 +139,7 @@ func (w *world) faults(stop <-chan struct{}) int {
 func (w *world) mustBeReady(node int) {
 	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
 	defer cancel()
-	if err := w.Ready(ctx, node); err != nil {
+	if err := cluster.Poll(ctx, func(ctx context.Context) error { return w.Ready(ctx, node) }); err != nil {
 		w.t.Errorf("n%d did not come back: %v", node, err)
 	}
 }
