@@ -120,7 +120,11 @@ func twoServersKilled(t *testing.T, c *cluster.Cluster) {
 // the second and the last. One that is alone never serves; two do, without
 // waiting for the third.
 func laterStartOrders(t *testing.T, c *cluster.Cluster) {
-	for _, order := range [][3]int{{1, 2, 3}, {2, 3, 1}, {3, 1, 2}} {
+	orders := [][3]int{{1, 2, 3}, {2, 3, 1}, {3, 1, 2}}
+	if full {
+		orders = append(orders, [3]int{3, 2, 1}, [3]int{2, 1, 3}, [3]int{1, 3, 2})
+	}
+	for _, order := range orders {
 		for _, i := range c.Nodes() {
 			c.Kill(i)
 		}
