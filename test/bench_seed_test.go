@@ -21,8 +21,8 @@ import (
 func benchRoom(n int) bus.RoomID { return bus.RoomID(fmt.Sprintf("bench-%d", n%benchRooms)) }
 
 // roomsOf are the rooms of the nth user.
-func roomsOf(n int) []bus.RoomID {
-	rooms := make([]bus.RoomID, roomsPerUser)
+func roomsOf(n, count int) []bus.RoomID {
+	rooms := make([]bus.RoomID, count)
 	for i := range rooms {
 		rooms[i] = benchRoom(n + i)
 	}
@@ -39,9 +39,9 @@ func (b *bench) seedRooms() {
 	})
 }
 
-// seedUsers registers n users with their rooms, counted from first, and returns
-// when every service knows them.
-func (b *bench) seedUsers(first, n int) []*person {
+// seedUsers registers n users, counted from first, with some rooms each, and
+// returns when every service knows them.
+func (b *bench) seedUsers(first, n, rooms int) []*person {
 	b.t.Helper()
 	people, now := make([]*person, n), time.Now().UTC()
 	for i := range people {
@@ -50,7 +50,7 @@ func (b *bench) seedUsers(first, n int) []*person {
 	b.write(func(put func(bucket, key string, record any)) {
 		for i, p := range people {
 			put(kv.Users, p.key.Hex(), bus.User{V: bus.UserVersion, Key: p.key, Handle: bus.Handle(p.name), Role: bus.Member, Status: bus.Active, CreatedAt: now})
-			for _, id := range roomsOf(first + i) {
+			for _, id := range roomsOf(first+i, rooms) {
 				put(kv.Members, string(id)+"."+p.key.Hex(), bus.Membership{
 					V: bus.MembershipVersion, Room: id, User: p.key, Role: bus.Writer, Status: bus.Present, AddedAt: now,
 				})
@@ -138,7 +138,7 @@ func withStaticUsers(text []byte, users []*person) ([]byte, error) {
 	fmt.Fprintf(out, "%s\n  BUS {%s    users: [\n", accounts, limits)
 	for n, p := range users {
 		hears, says := []string{bus.InboxSubscribe(p.key), bus.NoticeSubscribe(p.key)}, []string{}
-		for _, id := range roomsOf(n) {
+		for _, id := range roomsOf(n, roomsPerUser) {
 			says, hears = append(says, bus.RoomPublish(id, p.key)), append(hears, bus.RoomSubscribe(id))
 		}
 		fmt.Fprintf(out, "      { nkey: %s, permissions: { publish: %s, subscribe: %s } }\n", p.key.NKey(), list(says), list(hears))

@@ -35,25 +35,20 @@ func cpuModel() string {
 	return runtime.GOARCH
 }
 
-func (s storm) median() time.Duration { return s.p50 }
+// medianBy is the median of one figure over the rounds, spread that and its range.
+func medianBy(storms []storm, of func(storm) float64) float64 { return median(figures(storms, of)) }
 
-func (s storm) slow() time.Duration { return s.p99 }
-
-func medianOf(storms []storm, of func(storm) time.Duration) time.Duration {
-	all := make([]time.Duration, len(storms))
-	for i, s := range storms {
-		all[i] = of(s)
-	}
-	return quantile(all, .50)
+func spread(storms []storm, of func(storm) float64, format string) string {
+	all := figures(storms, of)
+	return fmt.Sprintf(format+" ("+format+" to "+format+")", median(all), slices.Min(all), slices.Max(all))
 }
 
-// spread shows median and range of one figure over the rounds.
-func spread(storms []storm, of func(storm) float64, format string) string {
+func figures(storms []storm, of func(storm) float64) []float64 {
 	all := make([]float64, len(storms))
 	for i, s := range storms {
 		all[i] = of(s)
 	}
-	return fmt.Sprintf(format+" ("+format+" to "+format+")", median(all), slices.Min(all), slices.Max(all))
+	return all
 }
 
 func median(values []float64) float64 {
