@@ -46,7 +46,7 @@ up: build ## Start the local three-node cluster in .run/ (does nothing if it run
 down: ## Stop the local cluster; its data stays in .run/
 	@[[ ! -x $(BIN)/unibus-local ]] || $(BIN)/unibus-local down
 
-status: ## Show the local cluster; exit 0 if everything is healthy, else 3
+status: ## Show the processes of the local cluster; fails unless all are healthy
 	@[[ -x $(BIN)/unibus-local ]] || { echo "nothing is built: make up" >&2; exit 3; }
 	@$(BIN)/unibus-local status
 
@@ -54,7 +54,7 @@ demo: up ## Walk through the system on the local cluster
 	@test/demo.sh
 
 .PHONY: test chaos controls bench fuzz
-test: ## Unit tests of every module, then the tests on real clusters (about 10 minutes)
+test: ## Unit tests of every module, then the tests on real clusters
 	@for m in $(UNITS); do (cd $$m && $(CLEAN_ENV) go test -race ./...) || exit; done
 	cd test && $(CLEAN_ENV) go test -race -count=1 -p 1 -parallel 2 -timeout 12m ./...
 
