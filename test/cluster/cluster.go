@@ -300,9 +300,11 @@ func (c *Cluster) stop() {
 func (c *Cluster) dumpLogs() {
 	for _, i := range c.Nodes() {
 		for _, s := range c.services {
-			if tail := c.LogTail(i, s, 40); tail != "" {
-				c.t.Logf("--- %s of %s ---\n%s", s, c.Node(i), tail)
-			}
+			lines := strings.Split(c.LogTail(i, s, 1000), "\n")
+			lines = slices.DeleteFunc(lines, func(l string) bool {
+				return strings.Contains(l, "Healthcheck failed") // the answer to our own polling
+			})
+			c.t.Logf("--- %s of %s ---\n%s", s, c.Node(i), strings.Join(lines[max(0, len(lines)-40):], "\n"))
 		}
 	}
 }

@@ -129,7 +129,7 @@ func get(ctx context.Context, client *http.Client, url string) (int, []byte, err
 	return resp.StatusCode, body, err
 }
 
-const pollInterval = 50 * time.Millisecond
+const pollInterval = 100 * time.Millisecond
 
 // Poll tries cond until it returns nil, or ctx ends; then the error says what
 // cond said last.
