@@ -438,6 +438,20 @@ func TestRunAnswersWhatWasDelivered(t *testing.T) {
 	})
 }
 
+func TestRunWaitsForBarriers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newStage(t)
+		g.tells = func() (*kv.Access, error) { return nil, nil }
+		g.barrier = func() error { <-time.After(time.Second); return nil }
+		g.service.jobs <- g.job(g.parts(t).message(t))
+		stopped, stop := context.WithCancel(t.Context())
+		stop()
+		g.service.Run(stopped)
+		g.wantDenied(t, "unknown")
+		g.hold.want(t, 1)
+	})
+}
+
 func TestExpectSeesAProvenRequest(t *testing.T) {
 	g := newStage(t)
 	k := key(t, g.client.pub)
@@ -503,6 +517,7 @@ func BenchmarkAnswer(b *testing.B) {
 	j := g.job(g.parts(b).message(b))
 	j.respond = func([]byte) error { g.service.Connected(g.server.pub, 7); return nil }
 	b.ReportAllocs()
+	defer reportCPU(b)()
 	for b.Loop() {
 		g.said = g.said[:0]
 		g.log.Reset()
