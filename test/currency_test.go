@@ -70,9 +70,9 @@ func (w *world) round(n int) error {
 
 // TestCurrency runs rounds at rest and rounds under faults.
 func TestCurrency(t *testing.T) {
-	rounds := 200
+	rounds, faults := 200, 6
 	if full {
-		rounds = 2000
+		rounds, faults = 2000, 120
 	}
 	w := newWorld(t, cluster.Options{})
 	w.addRoom("probe", w.admin, kv.RoomOptions{})
@@ -82,7 +82,7 @@ func TestCurrency(t *testing.T) {
 		}
 	}
 	stop, done := make(chan struct{}), make(chan int)
-	go func() { done <- w.faults(stop) }()
+	go func() { done <- w.faults(stop, faults) }()
 	for n := rounds / 2; n < rounds; n++ {
 		if err := w.round(n); err != nil {
 			t.Error(err)
@@ -95,9 +95,10 @@ func TestCurrency(t *testing.T) {
 	w.waitAdmits(w.admin, 1, 2, 3)
 }
 
-// faults pauses and resumes, kills and restarts processes one after another
-// until stop is closed, leaves everything running, and counts what it did.
-func (w *world) faults(stop <-chan struct{}) int {
+// faults pauses and resumes, kills and restarts processes, one after another,
+// until stop is closed or most have happened, leaves everything running, and
+// counts what it did.
+func (w *world) faults(stop <-chan struct{}, most int) int {
 	r := rand.New(rand.NewPCG(1, 2))
 	pause := func(d time.Duration) bool {
 		select {
@@ -108,29 +109,21 @@ func (w *world) faults(stop <-chan struct{}) int {
 		}
 	}
 	for count := 0; ; count++ {
-		if !pause(time.Duration(300+r.IntN(700)) * time.Millisecond) {
+		if count == most || !pause(time.Duration(300+r.IntN(700))*time.Millisecond) {
 			return count
 		}
 		node := 1 + r.IntN(3)
-		switch r.IntN(6) {
-		case 0, 1:
-			w.Pause(node, cluster.Authcallout)
-			pause(time.Duration(200+r.IntN(1500)) * time.Millisecond)
-			w.Resume(node, cluster.Authcallout)
-		case 2, 3:
-			w.Pause(node, cluster.NATS)
-			pause(time.Duration(200+r.IntN(1500)) * time.Millisecond)
-			w.Resume(node, cluster.NATS)
-		case 4:
-			w.Pause(node)
-			pause(time.Duration(200+r.IntN(1500)) * time.Millisecond)
-			w.Resume(node)
-		case 5:
+		services := [][]cluster.Service{{cluster.Authcallout}, {cluster.NATS}, nil}[count%3]
+		if count%6 == 5 {
 			w.Kill(node)
 			pause(time.Duration(200+r.IntN(2000)) * time.Millisecond)
 			w.StartNode(node)
 			w.mustBeReady(node)
+			continue
 		}
+		w.Pause(node, services...)
+		pause(time.Duration(200+r.IntN(1500)) * time.Millisecond)
+		w.Resume(node, services...)
 	}
 }
 
