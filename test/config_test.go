@@ -93,12 +93,13 @@ func staticUsers() []staticUser {
 		follow := []string{
 			"$JS.API.STREAM.INFO." + stream.Name, "$JS.API.CONSUMER.CREATE." + stream.Name, "$JS.API.CONSUMER.DELETE." + stream.Name + ".x",
 		}
-		own := []string{"$JS.API.STREAM.CREATE." + stream.Name, "$JS.API.STREAM.UPDATE." + stream.Name, "$JS.API.STREAM.MSG.GET." + stream.Name}
+		own := []string{"$JS.API.STREAM.CREATE." + stream.Name, "$JS.API.STREAM.MSG.GET." + stream.Name}
 		if isBucket {
 			own = append(own, "$KV."+bucket+".x", "$KV."+bucket+".x.y")
 			callout.cannotPub = append(callout.cannotPub, "$KV."+bucket+".x", "$KV."+bucket+".x.y.z")
 		}
 		membership.publish = append(membership.publish, append(own, follow...)...)
+		membership.cannotPub = append(membership.cannotPub, "$JS.API.STREAM.UPDATE."+stream.Name)
 		if bucket == kv.Users || bucket == kv.Rooms || bucket == kv.Members {
 			callout.publish = append(append(callout.publish, follow...), "$KV."+bucket+"._barrier.a.b")
 		} else {

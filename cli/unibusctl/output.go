@@ -175,8 +175,11 @@ func (a *app) hint(err error) string {
 		return a.command + " --help"
 	}
 	var e *bus.Error
-	if errors.As(err, &e) {
-		return e.Hint
+	if !errors.As(err, &e) {
+		return ""
 	}
-	return ""
+	if rest, ok := strings.CutPrefix(e.Hint, programName+" "); ok && a.set.direct && !strings.HasPrefix(rest, "--direct") {
+		return programName + " --direct " + rest
+	}
+	return e.Hint
 }

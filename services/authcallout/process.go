@@ -276,10 +276,6 @@ func (p *process) tell() {
 	}
 }
 
-// provePathTries, half a second apart, are more than a server needs to learn
-// of a new subscription and less than an operator's patience.
-const provePathTries = 20
-
 // provePath connects to the own server without credentials and with an unknown
 // key. Both must be refused, and the second must have been asked of us: a
 // server that does not ask would refuse every member, or admit anybody.

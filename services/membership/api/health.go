@@ -113,8 +113,7 @@ func (h *Health) probeStreams(ctx context.Context) {
 	now := h.cfg.Now()
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.at, h.reports = now, reports
-	for _, r := range reports {
+	for i, r := range reports {
 		s := h.streams[r.Stream]
 		switch {
 		case r.Err == nil && r.Leader != "":
@@ -123,7 +122,11 @@ func (h *Health) probeStreams(ctx context.Context) {
 			s.err = r.Err
 		}
 		h.streams[r.Stream] = s
+		if r.Replicas == 0 && i < len(h.reports) { // no answer says nothing about the number
+			reports[i].Replicas = h.reports[i].Replicas
+		}
 	}
+	h.at, h.reports = now, reports
 }
 
 func (h *Health) postureGood() bool {
