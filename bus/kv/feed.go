@@ -340,6 +340,8 @@ func (t *table) put(i int, r record) {
 	case roomsIdx:
 		err = t.putRoom(r)
 	case membersIdx:
+		_, user, _ := strings.Cut(r.key, ".")
+		t.newestOf[user] = r.rev
 		err = t.putMember(r)
 	}
 	if err != nil {

@@ -19,6 +19,7 @@ type RoomOptions struct {
 // repeating the same call finishes it.
 func (s *Store) CreateRoom(ctx context.Context, id bus.RoomID, owner bus.UserKey, o RoomOptions) (Result, error) {
 	return s.retried(ctx, string(id), func() (Result, error) {
+		want := s.view.allMemberships(owner)
 		if err := s.mustBeActive(owner); err != nil {
 			return Result{}, err
 		}
@@ -42,7 +43,7 @@ func (s *Store) CreateRoom(ctx context.Context, id bus.RoomID, owner bus.UserKey
 				return Result{}, err
 			}
 		}
-		return s.putMembership(ctx, s.newMembership(id, owner, bus.Owner), 0)
+		return s.putMembership(ctx, s.newMembership(id, owner, bus.Owner), want)
 	})
 }
 
@@ -94,17 +95,18 @@ func (s *Store) SetMember(ctx context.Context, id bus.RoomID, k bus.UserKey, rol
 		if err := s.mustBeActive(k); err != nil {
 			return Result{}, err
 		}
+		want := s.view.allMemberships(k)
 		old, rev, ok := s.view.Membership(id, k)
 		present := ok && old.Status == bus.Present
 		if !present {
 			if err := s.roomForOneMore(k); err != nil {
 				return Result{}, err
 			}
-			return s.putMembership(ctx, s.newMembership(id, k, role), s.rawMemberRevision(id, k, rev))
+			return s.putMembership(ctx, s.newMembership(id, k, role), want)
 		}
 		already := old.Role == role
 		old.Role = role
-		res, err := s.putMembership(ctx, old, rev)
+		res, err := s.putMembership(ctx, old, expectation{revision: rev})
 		res.Already = already
 		return res, err
 	})
@@ -126,7 +128,7 @@ func (s *Store) RemoveMember(ctx context.Context, id bus.RoomID, k bus.UserKey) 
 			now := s.now().UTC().Truncate(time.Millisecond)
 			m.Status, m.RemovedAt = bus.Removed, &now
 		}
-		res, err := s.putMembership(ctx, m, rev)
+		res, err := s.putMembership(ctx, m, expectation{revision: rev})
 		res.Already = already
 		return res, err
 	})
@@ -147,24 +149,19 @@ func noRoom(id bus.RoomID) *bus.Error {
 	return bus.E(bus.NotFound, "no room %s", id).WithHint("unibusctl room list")
 }
 
-// rawMemberRevision lets a membership be written over a record that nobody can
-// read: the compare-and-set then names that record's revision.
-func (s *Store) rawMemberRevision(id bus.RoomID, k bus.UserKey, rev uint64) uint64 {
-	if rev != 0 {
-		return rev
-	}
-	return s.view.brokenRevision(membersIdx, memberKey(id, k))
-}
-
-func (v *View) brokenRevision(i int, key string) uint64 {
+// allMemberships makes a write conditional on every membership record of a user,
+// readable or not, being the one that was looked at: two rooms taking in one
+// user at the same moment would else pass the limit, and nobody beyond it can
+// connect. Take it before the look.
+func (v *View) allMemberships(k bus.UserKey) expectation {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
-	return v.tables[i].broken[key].Revision
+	return expectation{revision: v.tables[membersIdx].newestOf[k.Hex()], filter: subjectOf(Members, "*."+k.Hex())}
 }
 
 // putMembership writes the truth and then the index that proposes it.
-func (s *Store) putMembership(ctx context.Context, m bus.Membership, rev uint64) (Result, error) {
-	res, err := s.change(ctx, membersIdx, memberKey(m.Room, m.User), m, expectation{revision: rev})
+func (s *Store) putMembership(ctx context.Context, m bus.Membership, want expectation) (Result, error) {
+	res, err := s.change(ctx, membersIdx, memberKey(m.Room, m.User), m, want)
 	if err != nil {
 		return res, raced(err)
 	}

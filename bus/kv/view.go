@@ -91,6 +91,7 @@ type table struct {
 	rooms    map[bus.RoomID]roomEntry
 	members  map[bus.UserKey]map[bus.RoomID]memberEntry
 	byRoom   map[bus.RoomID]map[bus.UserKey]struct{}
+	newestOf map[string]uint64 // user hex -> sequence of their newest membership record, readable or not
 	broken   map[string]Broken
 	lastKey  uint64 // sequence of the last record that is not a barrier
 	lastSeq  uint64
@@ -122,12 +123,13 @@ type Broken struct {
 
 func newTable(created time.Time) *table {
 	return &table{
-		created: created,
-		users:   map[bus.UserKey]userEntry{},
-		rooms:   map[bus.RoomID]roomEntry{},
-		members: map[bus.UserKey]map[bus.RoomID]memberEntry{},
-		byRoom:  map[bus.RoomID]map[bus.UserKey]struct{}{},
-		broken:  map[string]Broken{},
+		created:  created,
+		users:    map[bus.UserKey]userEntry{},
+		rooms:    map[bus.RoomID]roomEntry{},
+		members:  map[bus.UserKey]map[bus.RoomID]memberEntry{},
+		byRoom:   map[bus.RoomID]map[bus.UserKey]struct{}{},
+		newestOf: map[string]uint64{},
+		broken:   map[string]Broken{},
 	}
 }
 
@@ -367,7 +369,7 @@ func (v *View) UserRecords() int {
 }
 
 // revisionAnyUser is the sequence of the newest user record: the expectation of
-// a write that must see every other one (see Store.changeUser).
+// a write that must see every other one (see anyUser).
 func (v *View) revisionAnyUser() uint64 {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
