@@ -16,6 +16,7 @@ import (
 // streams: health and the check command name stream, field and fix, the node
 // leaves service, and it all recovers when the stream is put right.
 func TestWrongBucketsAreNamed(t *testing.T) {
+	t.Parallel()
 	c := cluster.Start(t, cluster.Options{Membership: true})
 	js, err := jetstream.New(c.Ops())
 	if err != nil {

@@ -27,6 +27,7 @@ const exitConfig = 78
 // TestCalloutRefusesToStart: a callout whose configuration, or whose server's,
 // could admit strangers ends with one line that says why.
 func TestCalloutRefusesToStart(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, cluster.Options{})
 	w.Kill(1, cluster.Authcallout) // its place and its ports are the test's now
 	t.Run("configuration", func(t *testing.T) { refusesConfiguration(t, w) })
@@ -293,6 +294,7 @@ func (w *world) reconfigure(t *testing.T, file, text string) {
 // stream of connects: nobody is refused, and a stopped one keeps no writer
 // waiting for its lease.
 func TestCalloutStopsWithoutHarm(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, cluster.Options{})
 	p := w.addUser("alice")
 	w.waitAdmits(p, 1, 2, 3)
@@ -349,6 +351,7 @@ func TestCalloutStopsWithoutHarm(t *testing.T) {
 // TestCalloutKeyRotation replaces the issuer and the xkey of a live cluster,
 // node by node: callouts that hold both generations answer both.
 func TestCalloutKeyRotation(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, cluster.Options{})
 	p := w.addUser("alice")
 	issuer, xkey := newSeed(t, nkeys.PrefixByteAccount), newSeed(t, nkeys.PrefixByteCurve)
@@ -458,6 +461,7 @@ func publicOf(t *testing.T, file string) string {
 // back the acknowledgement of changes only until a server reports it open, not
 // for as long as a lost answer could still arrive.
 func TestCalloutLetsGoOfAConnectedUser(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, cluster.Options{})
 	for _, i := range w.Nodes() {
 		p := w.addUser(fmt.Sprintf("p%d", i))

@@ -84,6 +84,7 @@ const (
 // TestContext uses the stock nats CLI with nothing but what unibusctl user
 // context wrote.
 func TestContext(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, cluster.Options{Lease: 4 * time.Second})
 	alice, bob := w.addUser("alice"), w.addUser("bob")
 	w.addRoom("ops", alice, kv.RoomOptions{})

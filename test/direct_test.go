@@ -35,6 +35,7 @@ const directLease = 4 * time.Second
 // TestDirect runs unibusctl --direct against one cluster, from before its first
 // admin on. The subtests follow each other and share its users.
 func TestDirect(t *testing.T) {
+	t.Parallel()
 	d := &direct{world: &world{Cluster: cluster.Start(t, cluster.Options{Authcallout: true, Membership: true, Lease: directLease}), t: t}}
 	trust, err := wire.Trust(d.CA())
 	if err != nil {
