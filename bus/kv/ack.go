@@ -146,17 +146,11 @@ func (v *View) holdersAt(i int, seq uint64, at time.Time) []Holder {
 	}
 	var out []Holder
 	for _, h := range v.known {
-		if h.Released || h.LeaseMS == 0 {
-			continue
-		}
 		if h.seen[i].first > seq && !h.seenBefore(at) {
 			continue // its first barrier came after the change, so it loaded the change
 		}
-		for _, s := range h.seen {
-			if !s.at.IsZero() && at.Sub(s.at) < h.lease()+clockTolerance {
-				out = append(out, h.public())
-				break
-			}
+		if h.leasedAt(at) {
+			out = append(out, h.public())
 		}
 	}
 	sortHolders(out)

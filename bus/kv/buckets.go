@@ -72,6 +72,12 @@ func Streams() []jetstream.StreamConfig {
 	}
 }
 
+// definition returns one stream's definition; name is that of one of Streams.
+func definition(name string) jetstream.StreamConfig {
+	all := Streams()
+	return all[slices.IndexFunc(all, func(s jetstream.StreamConfig) bool { return s.Name == name })]
+}
+
 // Bootstrap makes every stream that is missing and verifies those that exist.
 // R3 creation needs three servers, so on a first start it waits for the third,
 // telling progress each time the obstacle changes. After budget it gives up

@@ -26,11 +26,6 @@ const (
 	apiTimeout   = 2 * time.Second
 )
 
-type feedState struct {
-	live   bool // loaded, and following
-	reason string
-}
-
 // Run feeds the View and keeps its lease until ctx ends, then releases the
 // lease. It never returns early.
 func (v *View) Run(ctx context.Context) {
@@ -53,7 +48,7 @@ func (v *View) follow(ctx context.Context, i int) {
 			return
 		}
 		v.mu.Lock()
-		v.feeds[i] = feedState{reason: err.Error()}
+		v.live[i] = false
 		if errors.Is(err, errUntrusted) {
 			v.dropLocked(err.Error())
 		}
@@ -81,12 +76,8 @@ func (v *View) feed(ctx context.Context, i int) error {
 		return fmt.Errorf("stream %s: %w", stream, err)
 	}
 	info := s.CachedInfo()
-	for _, want := range Streams() {
-		if want.Name == stream {
-			if err := Verify(info.Config, want); err != nil {
-				return fmt.Errorf("%w: %w", errUntrusted, err)
-			}
-		}
+	if err := Verify(info.Config, definition(stream)); err != nil {
+		return fmt.Errorf("%w: %w", errUntrusted, err)
 	}
 	if err := v.checkIdentity(i, info.Created); err != nil {
 		return err
@@ -244,20 +235,18 @@ func (v *View) install(i int, t *table) {
 	v.mu.Lock()
 	old := v.tables[i]
 	v.tables[i] = t
-	v.feeds[i] = feedState{live: true}
+	v.live[i] = true
 	clear(v.access)
 	if v.allLive() && v.fault == faultLoading {
 		v.fault = "no barrier yet"
 	}
-	changes := t.newerThan(i, old)
-	acks := v.holds.pendingFor(changes, t.created)
+	acks := v.holds.pendingFor(t.newerThan(i, old), t.created)
 	v.wake()
 	v.mu.Unlock()
 	for _, b := range t.broken {
-		v.log.Error("record cannot be decoded; its key is denied", "bucket", b.Bucket, "key", b.Key, "revision", b.Revision, "err", b.Err)
+		v.alert(b)
 	}
 	v.acknowledge(acks)
-	v.announce(changes)
 }
 
 // apply takes one live record into the table that answers.
@@ -279,20 +268,15 @@ func (v *View) apply(i int, t *table, r record) error {
 	v.wake()
 	v.mu.Unlock()
 	if isBroken {
-		v.log.Error("record cannot be decoded; its key is denied", "bucket", broken.Bucket, "key", broken.Key, "revision", broken.Revision, "err", broken.Err)
+		v.alert(broken)
 	}
 	v.acknowledge(acks)
-	v.announce([]Change{c})
 	return nil
 }
 
-func (v *View) announce(changes []Change) {
-	if v.cfg.OnChange == nil {
-		return
-	}
-	for _, c := range changes {
-		v.cfg.OnChange(c)
-	}
+// alert says that somebody should look: a record that nobody can read.
+func (v *View) alert(b Broken) {
+	v.log.Error("record cannot be decoded; its key is denied", "bucket", b.Bucket, "key", b.Key, "revision", b.Revision, "err", b.Err)
 }
 
 // invalidate needs mu. A room touches everyone who was ever its member.
@@ -494,5 +478,5 @@ func memberKey(id bus.RoomID, k bus.UserKey) string { return string(id) + "." + 
 
 // allLive needs mu.
 func (v *View) allLive() bool {
-	return v.feeds[0].live && v.feeds[1].live && v.feeds[2].live
+	return v.live == [3]bool{true, true, true}
 }

@@ -53,12 +53,7 @@ func HealthOf(ctx context.Context, nc *nats.Conn, bucket string) StreamHealth {
 	if err != nil {
 		return StreamHealth{Stream: StreamName(bucket), Err: err}
 	}
-	for _, want := range Streams() {
-		if want.Name == StreamName(bucket) {
-			return streamHealth(ctx, js, want)
-		}
-	}
-	return StreamHealth{Stream: StreamName(bucket), Err: bus.E(bus.Internal, "no bucket %s", bucket)}
+	return streamHealth(ctx, js, definition(StreamName(bucket)))
 }
 
 func streamHealth(ctx context.Context, js jetstream.JetStream, want jetstream.StreamConfig) StreamHealth {

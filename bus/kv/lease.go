@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -358,25 +359,12 @@ func (v *View) sawBarrier(i int, r record) error {
 	return nil
 }
 
-// Holders lists the boots that hold a lease now, as far as the streams tell.
-func (v *View) Holders() []Holder {
-	v.mu.RLock()
-	defer v.mu.RUnlock()
-	now := v.cfg.Now()
-	var out []Holder
-	for _, h := range v.known {
-		if h.Released {
-			continue
-		}
-		for _, s := range h.seen {
-			if !s.at.IsZero() && now.Sub(s.at) < h.lease()+clockTolerance {
-				out = append(out, h.public())
-				break
-			}
-		}
-	}
-	sortHolders(out)
-	return out
+// leasedAt reports whether the boot may hold a lease at that moment, as far as
+// any of the streams tells.
+func (h *holder) leasedAt(at time.Time) bool {
+	return !h.Released && h.LeaseMS != 0 && slices.ContainsFunc(h.seen[:], func(s sighting) bool {
+		return !s.at.IsZero() && at.Sub(s.at) < h.lease()+clockTolerance
+	})
 }
 
 func (h *holder) lease() time.Duration { return time.Duration(h.LeaseMS) * time.Millisecond }

@@ -74,9 +74,6 @@ func OpenStore(cfg StoreConfig) (*Store, error) {
 	return s, nil
 }
 
-// View returns the View that the Store decides on.
-func (s *Store) View() *View { return s.view }
-
 // Result says what a change did and how far it is proven.
 type Result struct {
 	Revision uint64        // of the record that grants or denies

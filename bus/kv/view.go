@@ -35,14 +35,13 @@ const (
 // ViewConfig configures a View. Instance, Service and Node are single subject
 // tokens.
 type ViewConfig struct {
-	Conn     *nats.Conn
-	Service  string        // authcallout, membership, unibusctl
-	Node     string        // n1; the node this process serves
-	Lease    time.Duration // 0: a reader that decides only right behind a barrier and holds no lease
-	Log      *slog.Logger  // nil: discard
-	Now      func() time.Time
-	OnChange func(Change) // called in order for each applied record, without locks held; may be nil
-	OnLease  func(bool)   // called when the lease is gained or lost; may be nil
+	Conn    *nats.Conn
+	Service string        // authcallout, membership, unibusctl
+	Node    string        // n1; the node this process serves
+	Lease   time.Duration // 0: a reader that decides only right behind a barrier and holds no lease
+	Log     *slog.Logger  // nil: discard
+	Now     func() time.Time
+	OnLease func(bool) // called when the lease is gained or lost; may be nil
 }
 
 // Change is one record that a View has applied.
@@ -66,7 +65,7 @@ type View struct {
 	tables [3]*table               // by streamIndex
 	access map[bus.UserKey]*Access // derived, dropped when anything beneath changes
 	fault  string                  // why there is no lease, for people
-	feeds  [3]feedState            // by streamIndex
+	live   [3]bool                 // by streamIndex: loaded, and following
 	woken  chan struct{}           // closed and replaced whenever anything above moves
 	known  map[string]*holder      // every boot whose barrier was seen in any stream
 

@@ -31,7 +31,7 @@ func newTestView(t *testing.T) (*View, *clock) {
 	}
 	for i := range v.tables {
 		v.tables[i] = newTable(c.t.Add(-time.Hour))
-		v.feeds[i].live = true
+		v.live[i] = true
 	}
 	v.barriers.init()
 	v.holds.init()

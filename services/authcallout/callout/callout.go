@@ -40,7 +40,7 @@ import (
 const (
 	// Subject is where servers ask (nats-server auth_callout.go).
 	Subject = "$SYS.REQ.USER.AUTH"
-	// Queue makes the instances share the work; a server prefers its own node's.
+	// Queue makes the instances share the work; a server asks any of them.
 	Queue = "unibus-authcallout"
 	// Deadline is for everything from receipt to reply. A server gives a
 	// client up after 2.0 to 2.4 s whatever its configuration says.
