@@ -1,0 +1,146 @@
+package bus
+
+import "time"
+
+// This file is the documents of the HTTP API: what membership answers, what
+// the SDK returns and what unibusctl prints with --json, so that the three
+// cannot drift apart. Times are UTC; lists are never null.
+
+// UserInfo is one user as programs see it.
+type UserInfo struct {
+	SignPub   UserKey    `json:"sign_pub"`
+	NKey      string     `json:"nkey"`
+	Handle    Handle     `json:"handle"`
+	Role      Role       `json:"role"`
+	Status    Status     `json:"status"`
+	ExpiresAt *time.Time `json:"expires_at"`
+	CreatedAt time.Time  `json:"created_at"`
+	RevokedAt *time.Time `json:"revoked_at"`
+	Revision  uint64     `json:"revision"`
+}
+
+// UserDetail is one user with what belongs to them.
+type UserDetail struct {
+	UserInfo
+	Rooms         []RoomGrant    `json:"rooms"`
+	EncryptionKey *EncryptionKey `json:"encryption_key"`
+	RotatedTo     *UserKey       `json:"rotated_to"` // the key that has taken over handle, role and rooms
+}
+
+// RoomGrant is one active room in which a user is present.
+type RoomGrant struct {
+	Room    RoomID   `json:"room"`
+	Role    RoomRole `json:"role"`
+	Durable bool     `json:"durable"`
+}
+
+// RoomInfo is one room.
+type RoomInfo struct {
+	Room        RoomID     `json:"room"`
+	Status      RoomStatus `json:"status"`
+	Durable     bool       `json:"durable"`
+	Encrypted   bool       `json:"encrypted"`
+	Description string     `json:"description"`
+	Creator     UserKey    `json:"creator"`
+	CreatedAt   time.Time  `json:"created_at"`
+	ArchivedAt  *time.Time `json:"archived_at"`
+	Members     int        `json:"members"` // those present
+	Revision    uint64     `json:"revision"`
+}
+
+// MemberInfo is one membership. A revoked user stays listed and has no access:
+// UserStatus says so.
+type MemberInfo struct {
+	SignPub    UserKey          `json:"sign_pub"`
+	NKey       string           `json:"nkey"`
+	Handle     Handle           `json:"handle"`
+	Role       RoomRole         `json:"role"`
+	Status     MembershipStatus `json:"status"`
+	UserStatus Status           `json:"user_status"`
+	AddedAt    time.Time        `json:"added_at"`
+	RemovedAt  *time.Time       `json:"removed_at"`
+	Revision   uint64           `json:"revision"`
+}
+
+// Change is the proof of a change: what it did, and how far it is known that
+// nobody decides on the state before it any more.
+type Change struct {
+	What      string   `json:"what"`
+	Revision  uint64   `json:"revision"`
+	Already   bool     `json:"already"`
+	Holders   int      `json:"holders"`           // services that decided on a lease at the change
+	Expired   []string `json:"expired"`           // of them, those that did not answer: their lease was waited out
+	Callouts  string   `json:"callouts"`          // authcallouts that acknowledged, of those that held a lease
+	ElapsedMS int64    `json:"elapsed_ms"`        // from the write to the proof
+	Verified  bool     `json:"verified"`          // false: committed, not proven; repeating the change proves it again
+	Waiting   []string `json:"waiting,omitempty"` // for whom the proof still waited when it was given up
+}
+
+// AccessInfo explains what a user may do on NATS, and why.
+type AccessInfo struct {
+	User      UserInfo      `json:"user"`
+	Admitted  bool          `json:"admitted"` // a connection would be opened now
+	Reason    string        `json:"reason"`   // the callout's word for its decision
+	Publish   []SubjectRule `json:"publish"`
+	Subscribe []SubjectRule `json:"subscribe"`
+	Rooms     []RoomGrant   `json:"rooms"`
+}
+
+// SubjectRule is one subject that a minted credential allows. Room and Role
+// name what grants it; they are empty for what every user has.
+type SubjectRule struct {
+	Subject string   `json:"subject"`
+	Room    RoomID   `json:"room,omitempty"`
+	Role    RoomRole `json:"role,omitempty"`
+}
+
+// InviteStatus is where an invite stands.
+type InviteStatus string
+
+// The states of an invite. Used and withdrawn are final; an open one ends by
+// itself when it expires.
+const (
+	InviteOpen      InviteStatus = "open"
+	InviteUsed      InviteStatus = "used"
+	InviteWithdrawn InviteStatus = "withdrawn"
+)
+
+// InviteInfo is one invite. The secret that redeems it is in none of them: it
+// is shown once, when the invite is made.
+type InviteInfo struct {
+	ID        string        `json:"id"`
+	Status    InviteStatus  `json:"status"`
+	Role      Role          `json:"role"`
+	Handle    Handle        `json:"handle,omitempty"` // empty: the newcomer chooses
+	Rooms     []InvitedRoom `json:"rooms"`
+	ExpiresAt time.Time     `json:"expires_at"`
+	CreatedAt time.Time     `json:"created_at"`
+	CreatedBy string        `json:"created_by"` // nkey of the admin, or "direct"
+	UsedBy    *UserKey      `json:"used_by"`
+	Revision  uint64        `json:"revision"`
+}
+
+// InvitedRoom is a room into which an invite leads.
+type InvitedRoom struct {
+	Room RoomID   `json:"room"`
+	Role RoomRole `json:"role"`
+}
+
+// InviteCreated is an invite at the one moment at which its token is known.
+type InviteCreated struct {
+	InviteInfo
+	Token string `json:"token"` // ubi_<id>_<secret>: whoever holds it becomes a user
+}
+
+// Problem is an error as it crosses HTTP, an RFC 9457 document.
+type Problem struct {
+	Type      string `json:"type"` // urn:unibus:error:<code>
+	Title     string `json:"title"`
+	Status    int    `json:"status"`
+	Detail    string `json:"detail,omitempty"`
+	Hint      string `json:"hint,omitempty"` // the next command to run
+	RequestID string `json:"request_id,omitempty"`
+}
+
+// ProblemType is the prefix of Problem.Type in front of the code.
+const ProblemType = "urn:unibus:error:"
