@@ -23,4 +23,5 @@ const (
 	EmptyPermissions   Name = "empty-permissions"    // off: a user without rights gets empty lists
 	NoReplyPermissions Name = "no-reply-permissions" // off: minted JWTs carry response permissions
 	LowOrderKey        Name = "low-order-key"        // off: low-order keys are accepted
+	RequestSignature   Name = "request-signature"    // off: the signature of a request is not verified
 )
