@@ -47,10 +47,13 @@ type holdState struct {
 	open map[bus.UserKey]map[*Hold]struct{}
 }
 
+// pendingAck waits for left to be zero: one for the View itself, let go by
+// settle, and one for each hold.
 type pendingAck struct {
 	change  Change
 	created time.Time
 	left    int
+	unheld  bool // settled: guarded by state.mu
 }
 
 func (s *holdState) init() { s.open = map[bus.UserKey]map[*Hold]struct{}{} }
@@ -87,15 +90,14 @@ func (h *Hold) Release() {
 }
 
 // pendingFor makes an acknowledgement per change and lets it wait for each hold
-// that is open now and concerns it; those that wait for none are returned, to
-// be sent. It is called with View.mu held, right after the table changed: a
-// hold taken later reads the new state.
+// that is open now and concerns it, and for settle. It is called with View.mu
+// held, right after the table changed: a hold taken later reads the new state.
 func (s *holdState) pendingFor(changes []Change, created time.Time) []*pendingAck {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	out := make([]*pendingAck, 0, len(changes))
 	for _, c := range changes {
-		p := &pendingAck{change: c, created: created}
+		p := &pendingAck{change: c, created: created, left: 1}
 		wait := func(hs map[*Hold]struct{}) {
 			for h := range hs {
 				h.waiting = append(h.waiting, p)
@@ -109,11 +111,39 @@ func (s *holdState) pendingFor(changes []Change, created time.Time) []*pendingAc
 				wait(hs)
 			}
 		}
-		if p.left == 0 {
-			out = append(out, p)
-		}
+		out = append(out, p)
 	}
 	return out
+}
+
+// settle lets go of the View's own reason to wait, once, and returns those
+// that nothing holds back any more.
+func (s *holdState) settle(acks ...*pendingAck) (free []*pendingAck) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, p := range acks {
+		if p.unheld {
+			continue
+		}
+		p.unheld = true
+		if p.left--; p.left == 0 {
+			free = append(free, p)
+		}
+	}
+	return free
+}
+
+// changed tells whoever enforces changes, in the order of each stream, and
+// acknowledges each when they have done so and no decision holds it back.
+// Without anybody to tell, that is now.
+func (v *View) changed(acks []*pendingAck) {
+	if v.cfg.OnChange == nil {
+		v.acknowledge(v.holds.settle(acks...))
+		return
+	}
+	for _, p := range acks {
+		v.cfg.OnChange(p.change, func() { v.acknowledge(v.holds.settle(p)) })
+	}
 }
 
 // acknowledge sends what nothing holds back. A lost one costs the writer the
@@ -123,6 +153,9 @@ func (v *View) acknowledge(acks []*pendingAck) {
 		return
 	}
 	for _, p := range acks {
+		if p.change.Revision == 0 { // a key that is gone
+			continue
+		}
 		value, err := json.Marshal(ackMessage{
 			V: 1, Instance: v.Instance(), Boot: v.boot, Stream: StreamName(p.change.Bucket),
 			Created: p.created, Key: p.change.Key, Revision: p.change.Revision,

@@ -246,7 +246,7 @@ func (v *View) install(i int, t *table) {
 	for _, b := range t.broken {
 		v.alert(b)
 	}
-	v.acknowledge(acks)
+	v.changed(acks)
 }
 
 // apply takes one live record into the table that answers.
@@ -270,7 +270,7 @@ func (v *View) apply(i int, t *table, r record) error {
 	if isBroken {
 		v.alert(broken)
 	}
-	v.acknowledge(acks)
+	v.changed(acks)
 	return nil
 }
 
@@ -386,7 +386,7 @@ func (t *table) putRoom(r record) error {
 	if err := room.Validate(); err != nil {
 		return err
 	}
-	t.rooms[id] = roomEntry{room, r.rev}
+	t.rooms[id] = roomEntry{room, r.rev, r.at.UnixMilli()}
 	return nil
 }
 
@@ -436,7 +436,7 @@ func (t *table) putMember(r record) error {
 	if t.members[k] == nil {
 		t.members[k] = map[bus.RoomID]memberEntry{}
 	}
-	t.members[k][id] = memberEntry{m, r.rev}
+	t.members[k][id] = memberEntry{m, r.rev, r.at.UnixMilli()}
 	if t.byRoom[id] == nil {
 		t.byRoom[id] = map[bus.UserKey]struct{}{}
 	}
@@ -444,8 +444,9 @@ func (t *table) putMember(r record) error {
 	return nil
 }
 
-// newerThan lists what t holds at a newer revision than old did: nothing on
-// the first load, since nobody waits for a boot that had no barrier yet.
+// newerThan lists what t holds at a newer revision than old did, and what it
+// holds no more: nothing on the first load, since nobody waits for a boot that
+// had no barrier yet.
 func (t *table) newerThan(i int, old *table) []Change {
 	if old.created.IsZero() {
 		return nil
@@ -470,6 +471,34 @@ func (t *table) newerThan(i int, old *table) []Change {
 	}
 	for key, b := range t.broken {
 		changes = append(changes, changeOf(i, key, b.Revision))
+	}
+	return append(changes, t.missing(i, old)...)
+}
+
+// missing lists what old held and t does not, at revision 0: nobody waits for
+// its acknowledgement, but access has gone with it.
+func (t *table) missing(i int, old *table) (changes []Change) {
+	gone := func(key string) {
+		if _, ok := t.broken[key]; !ok {
+			changes = append(changes, changeOf(i, key, 0))
+		}
+	}
+	for k := range old.users {
+		if _, ok := t.users[k]; !ok {
+			gone(k.Hex())
+		}
+	}
+	for id := range old.rooms {
+		if _, ok := t.rooms[id]; !ok {
+			gone(string(id))
+		}
+	}
+	for k, rooms := range old.members {
+		for id := range rooms {
+			if _, ok := t.members[k][id]; !ok {
+				gone(memberKey(id, k))
+			}
+		}
 	}
 	return changes
 }

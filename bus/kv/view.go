@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"regexp"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -42,6 +43,13 @@ type ViewConfig struct {
 	Log     *slog.Logger  // nil: discard
 	Now     func() time.Time
 	OnLease func(bool) // called when the lease is gained or lost; may be nil
+	// OnChange, if not nil, is told of each change after the View answers with
+	// it and before it is acknowledged; the acknowledgement is withheld until
+	// done has been called, from any goroutine. Changes of one bucket come in
+	// order, those of different buckets at once. After a reload it is told of
+	// every key that differs; the first load is no change. It must not block:
+	// the feed waits.
+	OnChange func(c Change, done func())
 }
 
 // Change is one record that a View has applied.
@@ -105,11 +113,13 @@ type userEntry struct {
 type roomEntry struct {
 	room bus.Room
 	rev  uint64
+	at   int64 // stream time in milliseconds
 }
 
 type memberEntry struct {
 	m   bus.Membership
 	rev uint64
+	at  int64 // stream time in milliseconds
 }
 
 // Broken is a record that could not be decoded. It denies its own key.
@@ -233,6 +243,56 @@ func (v *View) grants(k bus.UserKey) []Grant {
 	}
 	slices.SortFunc(grants, func(a, b Grant) int { return cmp.Compare(a.Room, b.Room) })
 	return grants
+}
+
+// NarrowedSince reports whether a membership, or the end of a room, may have
+// taken something from a user after that moment: what a session that began then
+// must not go on with. It errs on the side of yes. Whether the user may be
+// there at all is Access' to say.
+func (v *View) NarrowedSince(k bus.UserKey, since time.Time) bool {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	after := since.UnixMilli()
+	for id, m := range v.tables[membersIdx].members[k] {
+		r, ok := v.tables[roomsIdx].rooms[id]
+		switch {
+		case m.m.Status != bus.Present && (m.m.RemovedAt == nil || m.m.RemovedAt.UnixMilli() > after):
+			return true
+		case m.m.Status == bus.Present && m.at > after && !m.m.Role.MayPublish():
+			return true // was a writer before, for all that is known
+		case ok && r.room.Status != bus.RoomActive && r.at > after:
+			return true
+		}
+	}
+	for key := range v.tables[membersIdx].broken {
+		if strings.HasSuffix(key, "."+k.Hex()) {
+			return true
+		}
+	}
+	return false
+}
+
+// Complete reports whether all three tables are loaded and followed. What they
+// say was once true together; that it still is, a lease says.
+func (v *View) Complete() bool {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	return v.allLive()
+}
+
+// Holders lists the boots that hold a lease now, as far as this View knows,
+// sorted by instance.
+func (v *View) Holders() []Holder {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	var out []Holder
+	for _, h := range v.known {
+		if h.leasedAt(v.cfg.Now()) {
+			out = append(out, h.public())
+		}
+	}
+	sortHolders(out)
+	return out
 }
 
 // UserByHandle finds a user by what their own record says.

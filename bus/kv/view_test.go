@@ -68,7 +68,8 @@ func goodUser(k bus.UserKey, h bus.Handle) bus.User {
 	return bus.User{V: 1, Key: k, Handle: h, Role: bus.Member, Status: bus.Active}
 }
 
-// put applies a record as the live feed does, without acknowledging it.
+// put applies a record as the live feed does, without acknowledging it, and
+// returns what would be acknowledged.
 func put(t *testing.T, v *View, i int, rev uint64, key string, value []byte) []*pendingAck {
 	t.Helper()
 	r := record{key: key, rev: rev, at: v.cfg.Now(), value: value}
@@ -76,7 +77,7 @@ func put(t *testing.T, v *View, i int, rev uint64, key string, value []byte) []*
 	v.tables[i].put(i, r)
 	c := changeOf(i, key, rev)
 	v.invalidate(c)
-	return v.holds.pendingFor([]Change{c}, v.tables[i].created)
+	return v.holds.settle(v.holds.pendingFor([]Change{c}, v.tables[i].created)...)
 }
 
 // A record that cannot be understood must deny its own key and no other.
@@ -343,6 +344,97 @@ func TestReloadAcknowledgesWhatIsNewer(t *testing.T) {
 	got := load(1, 7).newerThan(usersIdx, load(1, 2))
 	if len(got) != 1 || got[0].User != bob || got[0].Revision != 7 {
 		t.Errorf("reload acknowledges %+v, want bob at 7", got)
+	}
+}
+
+// Whoever enforces changes is told of each one after the View answers with it,
+// of those that a reload brought or took away too, and the acknowledgement
+// waits for their word, given once or more often.
+func TestAnAcknowledgementWaitsForTheEnforcement(t *testing.T) {
+	v, _ := newTestView(t)
+	v.cfg.Lease = 0
+	alice, bob, carol := newKey(t), newKey(t), newKey(t)
+	var told []Change
+	var done []func()
+	v.cfg.OnChange = func(c Change, d func()) {
+		if a, _ := v.Access(c.User); a != nil && a.Revision != c.Revision {
+			t.Errorf("told of revision %d while the View says %d", c.Revision, a.Revision)
+		}
+		told, done = append(told, c), append(done, d)
+	}
+	table := v.tables[usersIdx]
+	if err := v.apply(usersIdx, table, record{key: alice.Hex(), rev: 4, value: encode(t, goodUser(alice, "alice"))}); err != nil {
+		t.Fatal(err)
+	}
+	if len(told) != 1 || told[0].User != alice || told[0].Revision != 4 {
+		t.Fatalf("told of %+v", told)
+	}
+	c := changeOf(usersIdx, bob.Hex(), 5)
+	h := v.Hold(bob)
+	acks := v.holds.pendingFor([]Change{c}, table.created)
+	v.changed(acks)
+	if acks[0].left != 2 {
+		t.Fatalf("waits for %d, want the hold and the enforcement", acks[0].left)
+	}
+	h.Release()
+	if acks[0].left != 1 {
+		t.Error("acknowledged before the change was enforced")
+	}
+	done[1]()
+	done[1]()
+	if acks[0].left != 0 {
+		t.Errorf("left = %d after the change was enforced", acks[0].left)
+	}
+	fresh := newTable(table.created)
+	fresh.put(usersIdx, record{key: carol.Hex(), rev: 9, value: encode(t, goodUser(carol, "carol"))})
+	v.install(usersIdx, fresh)
+	if len(told) != 4 || told[2].User != carol || told[2].Revision != 9 || told[3].User != alice || told[3].Revision != 0 {
+		t.Errorf("a reload tells %+v, want carol at 9 and alice gone", told[2:])
+	}
+}
+
+// What may have been taken from a session that began at a moment: everything
+// newer that is no right to publish.
+func TestNarrowedSince(t *testing.T) {
+	alice, began := newKey(t), time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
+	before, after := began.Add(-time.Minute), began.Add(time.Minute)
+	m := func(role bus.RoomRole, removed *time.Time) bus.Membership {
+		m := bus.Membership{V: 1, Room: "ops", User: alice, Role: role, Status: bus.Present, RemovedAt: removed}
+		if removed != nil {
+			m.Status = bus.Removed
+		}
+		return m
+	}
+	for name, tt := range map[string]struct {
+		member  any
+		at      time.Time
+		room    bus.RoomStatus
+		roomAt  time.Time
+		narrows bool
+	}{
+		"nothing new":                     {m(bus.Reader, nil), before, bus.RoomActive, before, false},
+		"a writer since":                  {m(bus.Writer, nil), after, bus.RoomActive, after, false},
+		"a reader since":                  {m(bus.Reader, nil), after, bus.RoomActive, before, true},
+		"removed before":                  {m(bus.Writer, &before), before, bus.RoomActive, before, false},
+		"removed before and proven again": {m(bus.Writer, &before), after, bus.RoomActive, before, false},
+		"removed since":                   {m(bus.Writer, &after), after, bus.RoomActive, before, true},
+		"archived before":                 {m(bus.Writer, nil), before, bus.RoomArchived, before, false},
+		"archived since":                  {m(bus.Writer, nil), before, bus.RoomArchived, after, true},
+		"unreadable":                      {"?", before, bus.RoomActive, before, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			v, c := newTestView(t)
+			c.t = tt.at
+			put(t, v, membersIdx, 1, memberKey("ops", alice), encode(t, tt.member))
+			c.t = tt.roomAt
+			put(t, v, roomsIdx, 1, "ops", encode(t, bus.Room{V: 1, ID: "ops", Status: tt.room, Creator: alice}))
+			if got := v.NarrowedSince(alice, began); got != tt.narrows {
+				t.Errorf("NarrowedSince = %v, want %v", got, tt.narrows)
+			}
+			if v.NarrowedSince(newKey(t), began) {
+				t.Error("it narrows a stranger")
+			}
+		})
 	}
 }
 
