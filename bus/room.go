@@ -5,6 +5,8 @@ import (
 	"regexp"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 )
 
 // RoomID names a room for ever: an archived id is never used again.
@@ -77,16 +79,30 @@ const (
 // servers about 8 us and 2 KiB per connection.
 const MaxRoomsPerUser = 500
 
+// MaxDescription bounds what a room says of itself, in characters.
+const MaxDescription = 200
+
+// ParseDescription accepts one line of printable text: it is shown in
+// terminals, where control bytes would move the cursor.
+func ParseDescription(s string) (string, error) {
+	if !utf8.ValidString(s) || utf8.RuneCountInString(s) > MaxDescription || strings.ContainsFunc(s, func(r rune) bool { return !unicode.IsPrint(r) }) {
+		return "", E(Invalid, "description %s is refused: a description is one line of at most %d printable characters", quoted(s), MaxDescription)
+	}
+	return s, nil
+}
+
 // Room is the record of one room, as stored under its id in KV_UNIBUS_rooms.
 // Durable and Encrypted are fixed at creation.
 type Room struct {
-	V         int        `json:"v"`
-	ID        RoomID     `json:"room"`
-	Status    RoomStatus `json:"status"`
-	Durable   bool       `json:"durable"`
-	Encrypted bool       `json:"encrypted"`
-	Creator   UserKey    `json:"creator"`
-	CreatedAt time.Time  `json:"created_at"`
+	V           int        `json:"v"`
+	ID          RoomID     `json:"room"`
+	Status      RoomStatus `json:"status"`
+	Durable     bool       `json:"durable"`
+	Encrypted   bool       `json:"encrypted"`
+	Description string     `json:"description,omitempty"`
+	Creator     UserKey    `json:"creator"`
+	CreatedAt   time.Time  `json:"created_at"`
+	ArchivedAt  *time.Time `json:"archived_at,omitempty"`
 }
 
 // Validate checks every field that a decision rests on.

@@ -67,6 +67,15 @@ type User struct {
 	CreatedAt time.Time  `json:"created_at"`
 	CreatedBy string     `json:"created_by,omitempty"` // nkey of the admin, or "direct"
 	RevokedAt *time.Time `json:"revoked_at"`
+
+	EncryptionKey *EncryptionKey `json:"encryption_key,omitempty"`
+
+	// A rotation moves handle, role and rooms from one key to another. RotatedTo
+	// is in the record of the old one; Rotates in that of the new one, together
+	// with Becomes, the status it will have, as long as the rotation is under way.
+	RotatedTo *UserKey `json:"rotated_to,omitempty"`
+	Rotates   *UserKey `json:"rotates,omitempty"`
+	Becomes   Status   `json:"becomes,omitempty"`
 }
 
 // UserVersion is the only record version this build writes and understands. A
@@ -88,6 +97,9 @@ func (u User) Validate() error {
 	}
 	if _, err := ParseRole(string(u.Role)); err != nil {
 		return err
+	}
+	if u.Becomes != "" && (u.Status != Suspended || u.Rotates == nil) {
+		return E(Invalid, "a rotation under way is no status %s", quoted(string(u.Status)))
 	}
 	return parseStatus(u.Status)
 }

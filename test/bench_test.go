@@ -265,7 +265,7 @@ func (b *bench) loadView() (time.Duration, float64) {
 		b.t.Fatal(err)
 	}
 	defer nc.Close()
-	view, err := kv.NewView(kv.ViewConfig{Conn: nc, Service: "unibusctl", Node: "load"})
+	view, err := kv.NewView(kv.ViewConfig{Conn: nc, Service: "unibusctl", Node: "load", EncryptionKeys: true})
 	if err != nil {
 		b.t.Fatal(err)
 	}

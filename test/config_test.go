@@ -331,7 +331,7 @@ func TestServicesHaveEnoughRights(t *testing.T) {
 		t.Fatal(err)
 	}
 	for service, nc := range map[string]*nats.Conn{"membership": membership, "authcallout": callout} {
-		v, err := kv.NewView(kv.ViewConfig{Conn: nc, Service: service, Node: "n1", Lease: 5 * time.Second, Log: slog.New(slog.DiscardHandler)})
+		v, err := kv.NewView(kv.ViewConfig{Conn: nc, Service: service, Node: "n1", EncryptionKeys: true, Lease: 5 * time.Second, Log: slog.New(slog.DiscardHandler)})
 		if err != nil {
 			t.Fatal(err)
 		}

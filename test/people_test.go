@@ -143,7 +143,7 @@ func (w *world) openStore() {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	view, err := kv.NewView(kv.ViewConfig{Conn: nc, Service: "unibusctl", Node: "test"})
+	view, err := kv.NewView(kv.ViewConfig{Conn: nc, Service: "unibusctl", Node: "test", EncryptionKeys: true})
 	if err != nil {
 		w.t.Fatal(err)
 	}

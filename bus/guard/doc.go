@@ -24,4 +24,6 @@ const (
 	NoReplyPermissions Name = "no-reply-permissions" // off: minted JWTs carry response permissions
 	LowOrderKey        Name = "low-order-key"        // off: low-order keys are accepted
 	RequestSignature   Name = "request-signature"    // off: the signature of a request is not verified
+	CallerRecheck      Name = "caller-recheck"       // off: who asked for a change is not looked at again before it is written
+	NonceOnce          Name = "nonce-once"           // off: a nonce is good more than once
 )

@@ -24,6 +24,7 @@ const (
 	RoomKeys      = "UNIBUS_room_keys"       // <room>.<epoch>.<user hex>
 	Nonces        = "UNIBUS_nonces"          // <hash>, create-only, expiring
 	Handles       = "UNIBUS_handles"         // <handle>, a reservation
+	Invites       = "UNIBUS_invites"         // <id>, expiring
 	AuditStream   = "UNIBUS_AUDIT"
 	AuditSubjects = "unibus.audit.>"
 )
@@ -36,6 +37,7 @@ const (
 	history    = 64
 	barrierTTL = 5 * time.Minute
 	nonceTTL   = 5 * time.Minute
+	inviteTTL  = MaxInvite + 24*time.Hour // an invite outlives its expiry, to be seen in the list
 	mib        = 1 << 20
 )
 
@@ -60,6 +62,8 @@ func Streams() []jetstream.StreamConfig {
 	}
 	nonces := record(Nonces, 64*mib)
 	nonces.MaxMsgsPerSubject, nonces.MaxAge, nonces.MaxMsgs, nonces.MaxMsgSize = 1, nonceTTL, 200_000, 1<<10
+	invites := record(Invites, 32*mib)
+	invites.MaxAge = inviteTTL
 	audit := jetstream.StreamConfig{
 		Name: AuditStream, Subjects: []string{AuditSubjects},
 		Retention: jetstream.LimitsPolicy, Discard: jetstream.DiscardOld, Storage: jetstream.FileStorage,
@@ -68,7 +72,7 @@ func Streams() []jetstream.StreamConfig {
 	}
 	return []jetstream.StreamConfig{
 		record(Users, 128*mib), record(Rooms, 64*mib), record(Members, 256*mib), record(RoomsByMember, 128*mib),
-		record(RoomKeys, 256*mib), record(Handles, 32*mib), nonces, audit,
+		record(RoomKeys, 256*mib), record(Handles, 32*mib), invites, nonces, audit,
 	}
 }
 

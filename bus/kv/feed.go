@@ -140,6 +140,7 @@ func (v *View) checkIdentity(i int, created time.Time) error {
 
 func (v *View) consume(ctx context.Context, i int, sub *nats.Subscription, info *jetstream.StreamInfo, pending uint64) error {
 	t := newTable(info.Created)
+	t.withoutKeys = !v.cfg.EncryptionKeys
 	loading := pending > 0
 	if !loading {
 		v.install(i, t)
@@ -360,6 +361,9 @@ func (t *table) putUser(r record) error {
 	}
 	u := stored.User
 	u.Key = k
+	if t.withoutKeys {
+		u.EncryptionKey = nil
+	}
 	if err := u.Validate(); err != nil {
 		return err
 	}

@@ -32,12 +32,14 @@ func (s *Store) writeIndex(ctx context.Context, m bus.Membership) error {
 
 // Repairs counts what Reconcile found and mended.
 type Repairs struct {
-	Index int // index entries that differed from the members
+	Index     int // index entries that differed from the members
+	Rotations int // rotations that had been interrupted after the old key was revoked
 }
 
-// Reconcile compares what may be rebuilt with the truth and repairs it. It
-// never touches a record that grants or denies, so it may run anywhere, at any
-// time and more than once.
+// Reconcile compares what may be rebuilt with the truth and repairs it, and
+// finishes rotations whose decisive step was taken. It gives nobody more than
+// an admin's call had already decided, so it may run anywhere, at any time and
+// more than once.
 func (s *Store) Reconcile(ctx context.Context) (Repairs, error) {
 	if err := s.barrier(ctx); err != nil {
 		return Repairs{}, err
@@ -59,23 +61,41 @@ func (s *Store) Reconcile(ctx context.Context) (Repairs, error) {
 		done.Index++
 		s.log.Warn("index entry repaired", "key", indexKey(m.Membership), "present", want)
 	}
+	for _, r := range s.view.interrupted() {
+		if _, err := s.RotateUser(ctx, r.from, r.to); err != nil {
+			return done, err
+		}
+		done.Rotations++
+		s.log.Warn("interrupted rotation finished", "from", r.from, "to", r.to)
+	}
 	return done, nil
 }
 
 // readIndex loads the whole index. It need not be current: writing an entry
 // again is harmless.
 func (s *Store) readIndex(ctx context.Context) (map[string]bool, error) {
-	t, err := openTail(ctx, s.view.cfg.Conn, RoomsByMember)
+	index := map[string]bool{}
+	err := s.readAll(ctx, RoomsByMember, func(key string, value []byte, _ uint64) {
+		var e indexEntry
+		err := json.Unmarshal(value, &e)
+		index[key] = err == nil && e.V == 1 && e.Present
+	})
+	return index, err
+}
+
+// readAll gives the newest record of every key of a bucket, as it was at some
+// moment after the call. It decides nothing.
+func (s *Store) readAll(ctx context.Context, bucket string, take func(key string, value []byte, rev uint64)) error {
+	t, err := openTail(ctx, s.view.cfg.Conn, bucket)
 	if err != nil {
-		return nil, bus.E(bus.Unavailable, "read the index: %w", err)
+		return bus.E(bus.Unavailable, "read %s: %w", bucket, err)
 	}
 	defer t.close()
-	index := map[string]bool{}
-	prefix := subjectOf(RoomsByMember, "")
+	prefix := subjectOf(bucket, "")
 	for left := t.pending; left > 0; {
 		m, err := t.sub.NextMsgWithContext(ctx)
 		if err != nil {
-			return nil, bus.E(bus.Unavailable, "read the index: %w", err)
+			return bus.E(bus.Unavailable, "read %s: %w", bucket, err)
 		}
 		if m.Header.Get("Status") != "" {
 			if m.Reply != "" {
@@ -85,12 +105,10 @@ func (s *Store) readIndex(ctx context.Context) (map[string]bool, error) {
 		}
 		md, err := m.Metadata()
 		if err != nil {
-			return nil, bus.E(bus.Internal, "read the index: %w", err)
+			return bus.E(bus.Internal, "read %s: %w", bucket, err)
 		}
-		var e indexEntry
-		err = json.Unmarshal(m.Data, &e)
-		index[strings.TrimPrefix(m.Subject, prefix)] = err == nil && e.V == 1 && e.Present
+		take(strings.TrimPrefix(m.Subject, prefix), m.Data, md.Sequence.Stream)
 		left = md.NumPending
 	}
-	return index, ctx.Err()
+	return ctx.Err()
 }

@@ -2,6 +2,7 @@ package kv
 
 import (
 	"context"
+	"fmt"
 	"time"
 
 	"unibus.internal/bus"
@@ -9,8 +10,9 @@ import (
 
 // RoomOptions are fixed when a room is made.
 type RoomOptions struct {
-	Durable   bool
-	Encrypted bool
+	Durable     bool
+	Encrypted   bool
+	Description string
 }
 
 // CreateRoom makes a room with its first owner. Write order: the room record,
@@ -18,7 +20,11 @@ type RoomOptions struct {
 // membership follows. Interrupted in between, the room has no members, and
 // repeating the same call finishes it.
 func (s *Store) CreateRoom(ctx context.Context, id bus.RoomID, owner bus.UserKey, o RoomOptions) (Result, error) {
-	return s.retried(ctx, string(id), func() (Result, error) {
+	description, err := bus.ParseDescription(o.Description)
+	if err != nil {
+		return Result{}, err
+	}
+	return s.retried(ctx, string(id), func(s *Store) (Result, error) {
 		want := s.view.allMemberships(owner)
 		if err := s.mustBeActive(owner); err != nil {
 			return Result{}, err
@@ -27,13 +33,14 @@ func (s *Store) CreateRoom(ctx context.Context, id bus.RoomID, owner bus.UserKey
 			return Result{}, err
 		}
 		if r, _, ok := s.view.Room(id); ok {
-			if r.Creator != owner || len(s.view.Members(id)) > 0 || r.Status != bus.RoomActive {
+			same := r.Durable == o.Durable && r.Encrypted == o.Encrypted && r.Description == description
+			if !same || r.Creator != owner || len(s.view.Members(id)) > 0 || r.Status != bus.RoomActive {
 				return Result{}, roomExists(r)
 			}
 		} else {
 			r := bus.Room{
 				V: bus.RoomVersion, ID: id, Status: bus.RoomActive, Durable: o.Durable, Encrypted: o.Encrypted,
-				Creator: owner, CreatedAt: s.now().UTC().Truncate(time.Millisecond),
+				Description: description, Creator: owner, CreatedAt: s.now().UTC().Truncate(time.Millisecond),
 			}
 			_, err := s.change(ctx, roomsIdx, string(id), r, expectation{})
 			if bus.CodeOf(err) == bus.Conflict {
@@ -43,8 +50,83 @@ func (s *Store) CreateRoom(ctx context.Context, id bus.RoomID, owner bus.UserKey
 				return Result{}, err
 			}
 		}
-		return s.putMembership(ctx, s.newMembership(id, owner, bus.Owner), want)
+		res, err := s.putMembership(ctx, s.newMembership(id, owner, bus.Owner), want)
+		res.What = fmt.Sprintf("room %s, owned by %s", id, s.nameOf(owner))
+		return res, err
 	})
+}
+
+// RoomPatch says what to change about a room; nil leaves as it is.
+type RoomPatch struct {
+	Description *string
+	Revision    uint64 // the change is made to this revision only; 0: to any
+}
+
+// PatchRoom changes what a room says of itself.
+func (s *Store) PatchRoom(ctx context.Context, id bus.RoomID, p RoomPatch) (Result, error) {
+	return s.retried(ctx, string(id), func(s *Store) (Result, error) {
+		if err := s.mustBeOpen(id); err != nil {
+			return Result{}, err
+		}
+		r, rev, _ := s.view.Room(id)
+		if err := matches(p.Revision, rev, string(id)); err != nil {
+			return Result{}, err
+		}
+		before := r
+		if p.Description != nil {
+			d, err := bus.ParseDescription(*p.Description)
+			if err != nil {
+				return Result{}, err
+			}
+			r.Description = d
+		}
+		res, err := s.change(ctx, roomsIdx, string(id), r, expectation{revision: rev})
+		res.Already = r == before
+		res.What = fmt.Sprintf("changed room %s", id)
+		if res.Already {
+			res.What = fmt.Sprintf("already_so: room %s", id)
+		}
+		return res, raced(err)
+	})
+}
+
+// ArchiveRoom ends a room for good: nobody reaches it any more and its id is
+// never used again. Its record and its members' stay. Repeating it proves it
+// again.
+func (s *Store) ArchiveRoom(ctx context.Context, id bus.RoomID) (Result, error) {
+	return s.retried(ctx, string(id), func(s *Store) (Result, error) {
+		r, rev, ok := s.view.Room(id)
+		if !ok {
+			return Result{}, noRoom(id)
+		}
+		already := r.Status == bus.RoomArchived
+		if !already {
+			now := s.now().UTC().Truncate(time.Millisecond)
+			r.Status, r.ArchivedAt = bus.RoomArchived, &now
+		}
+		res, err := s.change(ctx, roomsIdx, string(id), r, expectation{revision: rev})
+		res.Already, res.What = already, fmt.Sprintf("archived room %s", id)
+		if already {
+			res.What = fmt.Sprintf("already_archived room %s", id)
+		}
+		return res, raced(err)
+	})
+}
+
+// matches refuses a change that was meant for another revision than there is.
+func matches(want, have uint64, what string) error {
+	if want != 0 && want != have {
+		return bus.E(bus.Conflict, "%s is at revision %d, not %d: somebody changed it meanwhile", what, have, want)
+	}
+	return nil
+}
+
+// nameOf is how a change speaks of a user.
+func (s *Store) nameOf(k bus.UserKey) string {
+	if u, _, ok := s.view.User(k); ok {
+		return string(u.Handle)
+	}
+	return k.NKey()
 }
 
 func roomExists(r bus.Room) *bus.Error {
@@ -80,7 +162,7 @@ func (s *Store) roomForOneMore(k bus.UserKey) error {
 func (s *Store) newMembership(id bus.RoomID, k bus.UserKey, role bus.RoomRole) bus.Membership {
 	return bus.Membership{
 		V: bus.MembershipVersion, Room: id, User: k, Role: role, Status: bus.Present,
-		AddedAt: s.now().UTC().Truncate(time.Millisecond), AddedBy: s.actor,
+		AddedAt: s.now().UTC().Truncate(time.Millisecond), AddedBy: s.caller.Name,
 	}
 }
 
@@ -88,7 +170,7 @@ func (s *Store) newMembership(id bus.RoomID, k bus.UserKey, role bus.RoomRole) b
 // membership, which grants, then the index, which only proposes. Repeating it
 // proves it again.
 func (s *Store) SetMember(ctx context.Context, id bus.RoomID, k bus.UserKey, role bus.RoomRole) (Result, error) {
-	return s.retried(ctx, memberKey(id, k), func() (Result, error) {
+	return s.retried(ctx, memberKey(id, k), func(s *Store) (Result, error) {
 		if err := s.mustBeOpen(id); err != nil {
 			return Result{}, err
 		}
@@ -102,12 +184,17 @@ func (s *Store) SetMember(ctx context.Context, id bus.RoomID, k bus.UserKey, rol
 			if err := s.roomForOneMore(k); err != nil {
 				return Result{}, err
 			}
-			return s.putMembership(ctx, s.newMembership(id, k, role), want)
+			res, err := s.putMembership(ctx, s.newMembership(id, k, role), want)
+			res.What = fmt.Sprintf("%s is %s of room %s", s.nameOf(k), role, id)
+			return res, err
 		}
 		already := old.Role == role
 		old.Role = role
 		res, err := s.putMembership(ctx, old, expectation{revision: rev})
-		res.Already = already
+		res.Already, res.What = already, fmt.Sprintf("%s is %s of room %s", s.nameOf(k), role, id)
+		if already {
+			res.What = fmt.Sprintf("already_%s %s in room %s", role, s.nameOf(k), id)
+		}
 		return res, err
 	})
 }
@@ -115,7 +202,7 @@ func (s *Store) SetMember(ctx context.Context, id bus.RoomID, k bus.UserKey, rol
 // RemoveMember takes a user out of a room. Write order: the membership, which
 // denies, then the index. Repeating it proves it again.
 func (s *Store) RemoveMember(ctx context.Context, id bus.RoomID, k bus.UserKey) (Result, error) {
-	return s.retried(ctx, memberKey(id, k), func() (Result, error) {
+	return s.retried(ctx, memberKey(id, k), func(s *Store) (Result, error) {
 		if _, _, ok := s.view.Room(id); !ok {
 			return Result{}, noRoom(id)
 		}
@@ -129,7 +216,10 @@ func (s *Store) RemoveMember(ctx context.Context, id bus.RoomID, k bus.UserKey) 
 			m.Status, m.RemovedAt = bus.Removed, &now
 		}
 		res, err := s.putMembership(ctx, m, expectation{revision: rev})
-		res.Already = already
+		res.Already, res.What = already, fmt.Sprintf("%s is removed from room %s", s.nameOf(k), id)
+		if already {
+			res.What = fmt.Sprintf("already_removed %s from room %s", s.nameOf(k), id)
+		}
 		return res, err
 	})
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	"unibus.internal/bus"
+	"unibus.internal/bus/guard"
 )
 
 // proofMargin is added to a silent holder's lease: an answer it prepared in its
@@ -34,17 +35,37 @@ const writeTimeout = 2 * time.Second
 // A Store is safe for concurrent use. Changes of one key are made one after
 // another, each only after the one before it is proven.
 type Store struct {
-	view   *View
-	js     jetstream.JetStream
-	log    *slog.Logger
-	now    func() time.Time
-	actor  string
+	*hub
+	caller Caller
 	onWait func(Holder, time.Duration)
 	by     time.Time
+	hold   *Hold // of the attempt under way, nil between its decisions
+}
+
+// hub is what every caller's Store shares.
+type hub struct {
+	view *View
+	js   jetstream.JetStream
+	log  *slog.Logger
+	now  func() time.Time
 
 	mu      sync.Mutex
 	waiters map[*waiter]struct{}
 	keys    map[string]chan struct{}
+}
+
+// Caller is on whose behalf a change is made.
+//
+// Check is asked right before every write whether the caller may still do
+// this, as the View has it now and under a lease: between a caller's request
+// and its write the process may have been paused, or the caller revoked. From
+// before the change is decided until it is committed a hold on Key keeps back
+// the acknowledgement of whatever changes the caller's access, so a revoke of
+// the caller returns only when none of their changes can land any more.
+type Caller struct {
+	Name  string       // recorded with the change: an nkey, or "direct"
+	Key   bus.UserKey  // zero: nobody whose access could change
+	Check func() error // nil: always allowed
 }
 
 // StoreConfig configures a Store.
@@ -61,9 +82,15 @@ func OpenStore(cfg StoreConfig) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
+	if !cfg.View.cfg.EncryptionKeys {
+		return nil, bus.E(bus.Internal, "a Store on a View without encryption keys would lose them with the next change of their user")
+	}
 	s := &Store{
-		view: cfg.View, js: js, log: cfg.View.log, now: cfg.View.cfg.Now, actor: cfg.Actor, onWait: cfg.OnWait, by: cfg.By,
-		waiters: map[*waiter]struct{}{}, keys: map[string]chan struct{}{},
+		hub: &hub{
+			view: cfg.View, js: js, log: cfg.View.log, now: cfg.View.cfg.Now,
+			waiters: map[*waiter]struct{}{}, keys: map[string]chan struct{}{},
+		},
+		caller: Caller{Name: cfg.Actor}, onWait: cfg.OnWait, by: cfg.By,
 	}
 	if s.onWait == nil {
 		s.onWait = func(Holder, time.Duration) {}
@@ -74,8 +101,39 @@ func OpenStore(cfg StoreConfig) (*Store, error) {
 	return s, nil
 }
 
+// As is the same Store on behalf of a caller.
+func (s *Store) As(c Caller) *Store {
+	out := *s
+	out.caller, out.hold = c, nil
+	return &out
+}
+
+// begin marks a decision as being in flight; end, that it can have no further
+// effect. Both may be called at any time, by one goroutine.
+func (s *Store) begin() {
+	if s.hold == nil {
+		s.hold = s.view.Hold(s.caller.Key)
+	}
+}
+
+func (s *Store) end() {
+	if s.hold != nil {
+		s.hold.Release()
+		s.hold = nil
+	}
+}
+
+// allowed asks once more whether the caller may do this.
+func (s *Store) allowed() error {
+	if s.caller.Check == nil || guard.Off(guard.CallerRecheck) {
+		return nil
+	}
+	return s.caller.Check()
+}
+
 // Result says what a change did and how far it is proven.
 type Result struct {
+	What     string        // in words for people; begins with already_<state> if Already
 	Revision uint64        // of the record that grants or denies
 	Already  bool          // the state was already so; the record was written again to prove it again
 	Holders  int           // lease holders at the change
@@ -165,6 +223,10 @@ func (s *Store) change(ctx context.Context, i int, key string, record any, want 
 		return Result{}, err
 	}
 	committed := s.now()
+	// The decision has had its effect. To hold on would keep back our own
+	// acknowledgement of it. What the caller decides next is another decision.
+	s.end()
+	defer s.begin()
 	res, err := s.prove(ctx, i, w, rev, committed)
 	res.Revision, res.Elapsed = rev, s.now().Sub(started)
 	var u *Unproven
@@ -263,6 +325,9 @@ func (s *Store) write(ctx context.Context, bucket, key string, record any, want 
 	} else {
 		opts = append(opts, jetstream.WithExpectLastSequenceForSubject(want.revision, want.filter))
 	}
+	if err := s.allowed(); err != nil {
+		return 0, err
+	}
 	wctx, cancel := s.decide(ctx)
 	defer cancel()
 	ack, err := s.js.PublishMsg(wctx, m, opts...)
@@ -278,6 +343,17 @@ func (s *Store) write(ctx context.Context, bucket, key string, record any, want 
 	}
 	return 0, bus.E(bus.Unavailable, "no quorum: the write of %s was not confirmed and may or may not have landed: %w", key, err).
 		WithHint("repeat the command when unibusctl cluster status shows a quorum")
+}
+
+// readLast asks a bucket's leader for the newest record of a key. It need not be
+// current: it decides nothing that the compare-and-set after it does not decide
+// again.
+func (s *Store) readLast(ctx context.Context, bucket, key string) (*jetstream.RawStreamMsg, error) {
+	st, err := s.js.Stream(ctx, StreamName(bucket))
+	if err != nil {
+		return nil, err
+	}
+	return st.GetLastMsgForSubject(ctx, subjectOf(bucket, key))
 }
 
 // exclusively serialises changes of one key within this process until the
@@ -315,6 +391,15 @@ func (s *Store) decide(ctx context.Context) (context.Context, context.CancelFunc
 	return context.WithDeadline(ctx, by)
 }
 
+// current makes sure that the View reflects every change that has returned: by
+// the lease, which says so, or by a barrier.
+func (s *Store) current(ctx context.Context) error {
+	if _, held := s.view.Lease(); held {
+		return nil
+	}
+	return s.barrier(ctx)
+}
+
 // barrier proves the View current for a change, or gives up in time.
 func (s *Store) barrier(ctx context.Context) error {
 	bctx, cancel := s.decide(ctx)
@@ -323,18 +408,29 @@ func (s *Store) barrier(ctx context.Context) error {
 }
 
 // retried runs a change again on the newest state when somebody else won the
-// race for the record. attempt must read the View itself.
-func (s *Store) retried(ctx context.Context, key string, attempt func() (Result, error)) (Result, error) {
+// race for the record. attempt must read the View itself, through the Store it
+// is given. The lease covers the first look; whoever lost a race has seen that
+// the View can be behind a change that is still being proven, and takes a
+// barrier.
+func (s *Store) retried(ctx context.Context, key string, attempt func(s *Store) (Result, error)) (Result, error) {
 	done, err := s.exclusively(ctx, key)
 	if err != nil {
 		return Result{}, err
 	}
 	defer done()
+	ours := s.As(s.caller)
+	defer ours.end()
 	for try := 0; ; try++ {
-		if err := s.barrier(ctx); err != nil {
+		prove := ours.current
+		if try > 0 {
+			ours.end()
+			prove = ours.barrier
+		}
+		if err := prove(ctx); err != nil {
 			return Result{}, err
 		}
-		res, err := attempt()
+		ours.begin()
+		res, err := attempt(ours)
 		if !errors.Is(err, errRaced) || try == 64 {
 			return res, err
 		}

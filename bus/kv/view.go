@@ -50,6 +50,10 @@ type ViewConfig struct {
 	// every key that differs; the first load is no change. It must not block:
 	// the feed waits.
 	OnChange func(c Change, done func())
+
+	// EncryptionKeys keeps the encryption keys of users, 1.3 KiB each. A Store
+	// needs them, because it writes records back whole; a callout does not.
+	EncryptionKeys bool
 }
 
 // Change is one record that a View has applied.
@@ -103,6 +107,8 @@ type table struct {
 	lastKey  uint64 // sequence of the last record that is not a barrier
 	lastSeq  uint64
 	lastTime time.Time
+
+	withoutKeys bool // encryption keys are not kept
 }
 
 type userEntry struct {
@@ -296,15 +302,31 @@ func (v *View) Holders() []Holder {
 }
 
 // UserByHandle finds a user by what their own record says.
+// UserByHandle finds a user by what their own record says. While a rotation is
+// under way, and after it, two keys carry one handle: then it is the one that
+// has not handed it over.
 func (v *View) UserByHandle(h bus.Handle) (bus.User, uint64, bool) {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
+	var best userEntry
 	for _, e := range v.tables[usersIdx].users {
-		if e.user.Handle == h {
-			return e.user, e.rev, true
+		if e.user.Handle == h && (best.rev == 0 || standing(e.user) > standing(best.user)) {
+			best = e
 		}
 	}
-	return bus.User{}, 0, false
+	return best.user, best.rev, best.rev != 0
+}
+
+// standing orders users of one handle: who has handed it over, who is about to
+// get it, who has it.
+func standing(u bus.User) int {
+	switch {
+	case u.RotatedTo != nil:
+		return 0
+	case u.Becomes != "":
+		return 1
+	}
+	return 2
 }
 
 // User returns one user's record and revision.
@@ -386,6 +408,19 @@ func (v *View) Membership(id bus.RoomID, u bus.UserKey) (bus.Membership, uint64,
 	defer v.mu.RUnlock()
 	e, ok := v.tables[membersIdx].members[u][id]
 	return e.m, e.rev, ok
+}
+
+// MembershipsOf returns the records of every room in which a user is or was,
+// sorted by room.
+func (v *View) MembershipsOf(k bus.UserKey) []MembershipRevision {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	out := make([]MembershipRevision, 0, len(v.tables[membersIdx].members[k]))
+	for _, e := range v.tables[membersIdx].members[k] {
+		out = append(out, MembershipRevision{e.m, e.rev})
+	}
+	slices.SortFunc(out, func(a, b MembershipRevision) int { return cmp.Compare(a.Room, b.Room) })
+	return out
 }
 
 // Memberships returns every membership record of every user, present or not,

@@ -50,7 +50,7 @@ func (a *app) openDirect(ctx context.Context) (*direct, error) {
 	if err != nil {
 		return nil, err
 	}
-	view, err := kv.NewView(kv.ViewConfig{Conn: nc, Service: "unibusctl", Node: "direct"})
+	view, err := kv.NewView(kv.ViewConfig{Conn: nc, Service: "unibusctl", Node: "direct", EncryptionKeys: true})
 	if err != nil {
 		nc.Close()
 		return nil, err

@@ -132,7 +132,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stderr 
 		return fail(log, exitConfig, err)
 	}
 	defer nc.Close()
-	view, err := kv.NewView(kv.ViewConfig{Conn: nc, Service: "membership", Node: c.node, Lease: c.lease, Log: log})
+	view, err := kv.NewView(kv.ViewConfig{Conn: nc, Service: "membership", Node: c.node, Lease: c.lease, Log: log, EncryptionKeys: true})
 	if err != nil {
 		return fail(log, exitConfig, err)
 	}

@@ -42,16 +42,11 @@ func decide(a *kv.Access, err error, now time.Time) outcome {
 		return outcome{reason: "broken_record", alert: true, err: err}
 	case a == nil:
 		return denial("unknown")
-	case a.User.Status == bus.Revoked:
-		return outcome{reason: "revoked", final: true}
-	case a.User.Status == bus.Suspended:
-		return denial("suspended")
-	case a.User.Status != bus.Active:
-		return outcome{reason: "unknown_status", alert: true}
-	case !a.User.ActiveAt(now):
-		return denial("expired")
-	case len(a.Rooms) > bus.MaxRoomsPerUser:
-		return outcome{reason: "too_many_rooms", alert: true}
 	}
-	return outcome{allow: true, reason: "active"}
+	allow, reason := a.Admitted(now)
+	return outcome{
+		allow: allow, reason: reason,
+		final: a.User.Status == bus.Revoked,
+		alert: reason == "unknown_status" || reason == "too_many_rooms",
+	}
 }

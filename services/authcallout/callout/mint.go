@@ -126,18 +126,13 @@ type responses struct {
 // permit lists exactly what an access grants. An empty list would mean "allow
 // everything" to a server, so a direction without rights is denied outright.
 func permit(a *kv.Access) permissions {
-	p := permissions{Sub: rules{Allow: []string{bus.InboxSubscribe(a.User.Key), bus.NoticeSubscribe(a.User.Key)}}}
-	for _, g := range a.Rooms {
-		if g.Role.MayPublish() {
-			p.Pub.Allow = append(p.Pub.Allow, bus.RoomPublish(g.Room, a.User.Key))
-		}
-		switch {
-		case g.Role.Rank() == 0:
-		case g.Durable:
-			p.Sub.Allow = append(p.Sub.Allow, bus.FeedSubscribe(g.Room))
-		default:
-			p.Sub.Allow = append(p.Sub.Allow, bus.RoomSubscribe(g.Room))
-		}
+	var p permissions
+	publish, subscribe := a.Permissions()
+	for _, r := range publish {
+		p.Pub.Allow = append(p.Pub.Allow, r.Subject)
+	}
+	for _, r := range subscribe {
+		p.Sub.Allow = append(p.Sub.Allow, r.Subject)
 	}
 	if len(p.Pub.Allow) == 0 {
 		p.Pub.Deny = []string{">"}
