@@ -32,6 +32,7 @@ var controls = []control{
 	{guard.EmptyPermissions, "test", "TestAccessMatrix", true},
 	{guard.NoReplyPermissions, "test", "TestAccessMatrix", true},
 	{guard.LowOrderKey, "bus", "TestKeysThatAnyoneCouldSignForAreRefused", false},
+	{guard.RequestSignature, "bus/sig", "TestEveryByteOfARequestIsSigned", false},
 }
 
 // TestControls takes each protection away in turn and demands that the test

@@ -52,7 +52,7 @@ func (id *Identity) Sign(message []byte) ([]byte, error) {
 
 // Format prints the public half, whatever the verb: a private key that reaches
 // a log by way of %v is lost.
-func (id *Identity) Format(s fmt.State, _ rune) { fmt.Fprint(s, id.key.NKey()) }
+func (id Identity) Format(s fmt.State, _ rune) { fmt.Fprint(s, id.key.NKey()) }
 
 // NewNonce returns 128 bits of r as 22 characters of base64url.
 func NewNonce(r io.Reader) (string, error) {
