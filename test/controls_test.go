@@ -33,6 +33,8 @@ var controls = []control{
 	{guard.NoReplyPermissions, "test", "TestAccessMatrix", true},
 	{guard.LowOrderKey, "bus", "TestKeysThatAnyoneCouldSignForAreRefused", false},
 	{guard.RequestSignature, "bus/sig", "TestEveryByteOfARequestIsSigned", false},
+	{guard.CallerRecheck, "test", "TestLifecycle", true},
+	{guard.NonceOnce, "test", "TestLifecycle", true},
 }
 
 // TestControls takes each protection away in turn and demands that the test

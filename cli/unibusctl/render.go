@@ -203,7 +203,7 @@ type caps struct {
 
 const (
 	storePerNode = 16
-	ctrlPerNode  = 2 // the buckets reserve 1.41
+	ctrlPerNode  = 2 // the buckets reserve 1.44
 	busPerNode   = 9
 )
 
