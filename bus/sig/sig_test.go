@@ -918,7 +918,7 @@ func TestOverTheWire(t *testing.T) {
 				t.Fatal(err)
 			}
 			said, _ := io.ReadAll(res.Body)
-			res.Body.Close()
+			_ = res.Body.Close()
 			if want := map[bool]int{false: 200, true: 401}[tc.refused]; res.StatusCode != want || res.Proto != proto || want == 200 && string(said) != proto {
 				t.Errorf("%s over %s: %d, %s: %s", name, proto, res.StatusCode, res.Proto, said)
 			}
