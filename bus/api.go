@@ -144,3 +144,11 @@ type Problem struct {
 
 // ProblemType is the prefix of Problem.Type in front of the code.
 const ProblemType = "urn:unibus:error:"
+
+// EffectHeader with the value EffectNone is in an answer that says of itself
+// that the request changed nothing, so that it may be sent again, to another
+// node, whatever it asks for.
+const (
+	EffectHeader = "Unibus-Effect"
+	EffectNone   = "none"
+)
