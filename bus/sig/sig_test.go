@@ -139,6 +139,22 @@ func TestGoldenVectors(t *testing.T) {
 	}
 }
 
+// The page from which strangers write clients shows a vector as it is.
+func TestTheProtocolPageShowsAVector(t *testing.T) {
+	page, err := os.ReadFile("../../docs/protocol.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	all, _ := loadVectors(t)
+	v := all.Requests[2]
+	headers := fmt.Sprintf("\nContent-Digest: %s\nSignature-Input: %s\nSignature: %s\n", v.Headers["Content-Digest"], v.Headers["Signature-Input"], v.Headers["Signature"])
+	for _, text := range []string{all.Seed, v.Method + " " + v.URL, "`" + v.Body + "`", "\n" + v.Base + "\n", headers} {
+		if !bytes.Contains(page, []byte(text)) {
+			t.Errorf("docs/protocol.md does not show %q", text)
+		}
+	}
+}
+
 // The primitive agrees with RFC 9421 B.2.6, and so does the signer on top.
 func TestEd25519VectorOfTheRFC(t *testing.T) {
 	const base = "\"date\": Tue, 20 Apr 2021 02:07:55 GMT\n\"@method\": POST\n\"@path\": /foo\n\"@authority\": example.com\n" +
