@@ -145,11 +145,11 @@ func (v *View) consume(ctx context.Context, i int, sub *nats.Subscription, info 
 	if !loading {
 		v.install(i, t)
 	}
+	stop := context.AfterFunc(ctx, func() { _ = sub.Unsubscribe() }) // cheaper than a context for each message
+	defer stop()
 	var last uint64 // consumer sequence of the last message
 	for {
-		mctx, cancel := context.WithTimeout(ctx, silence)
-		msg, err := sub.NextMsgWithContext(mctx)
-		cancel()
+		msg, err := sub.NextMsg(silence)
 		switch {
 		case ctx.Err() != nil:
 			return ctx.Err()
@@ -256,8 +256,10 @@ func (v *View) apply(i int, t *table, r record) error {
 	v.mu.Lock()
 	t.note(r)
 	if strings.HasPrefix(r.key, barrierKeys) {
-		err := v.sawBarrier(i, r)
-		v.wake()
+		moved, err := v.sawBarrier(i, r)
+		if moved {
+			v.wake()
+		}
 		v.mu.Unlock()
 		return err
 	}

@@ -44,13 +44,30 @@ type sighting struct {
 	at      time.Time // stream time of the newest barrier
 }
 
+// span is how many of the streams a barrier goes to, in their order.
+type span int
+
+const (
+	usersOnly  span = usersIdx + 1
+	allStreams      = span(len(viewBuckets))
+)
+
 // barrierState is guarded by View.mu.
 type barrierState struct {
-	open   map[string]time.Time // token -> start, for barriers not yet seen everywhere
-	proven [3]time.Time         // start of the newest own barrier each feed has delivered
-	bySeq  [3]seqProof          // only for the negative control of own-barrier
-	demand chan struct{}
-	inbox  string // acknowledgements arrive at <inbox>.<stream index>.<token>
+	open    map[string]underWay // token -> barrier not yet seen in every stream of its span
+	proven  [3]time.Time        // start of the newest own barrier each feed has delivered
+	bySeq   [3]seqProof         // only for the negative control of own-barrier
+	wanted  span                // what callers wait for and no barrier has begun since; 0: nobody waits
+	newest  string              // token of the last barrier begun
+	begun   time.Time           // its start
+	renewed time.Time           // start of the last barrier of all streams
+	demand  chan struct{}       // tells keepLease to look
+	inbox   string              // acknowledgements arrive at <inbox>.<stream index>.<token>
+}
+
+type underWay struct {
+	start time.Time
+	span  span
 }
 
 type seqProof struct {
@@ -59,8 +76,15 @@ type seqProof struct {
 }
 
 func (b *barrierState) init() {
-	b.open = map[string]time.Time{}
+	b.open = map[string]underWay{}
 	b.demand = make(chan struct{}, 1)
+}
+
+func (b *barrierState) ask() {
+	select {
+	case b.demand <- struct{}{}:
+	default:
+	}
 }
 
 // Lease reports until when decisions may be made from this View, and whether
@@ -74,7 +98,7 @@ func (v *View) Lease() (until time.Time, held bool) {
 
 func (v *View) leaseLocked() (time.Time, bool) {
 	now := v.cfg.Now()
-	start := v.provenLocked()
+	start := v.provenLocked(allStreams)
 	if start.IsZero() || v.cfg.Lease == 0 {
 		return time.Time{}, false
 	}
@@ -89,10 +113,10 @@ func (v *View) leaseLocked() (time.Time, bool) {
 	return start.Add(v.cfg.Lease), held
 }
 
-// provenLocked is the moment up to which all three tables are proven current.
-func (v *View) provenLocked() time.Time {
+// provenLocked is the moment up to which the tables of a span are proven current.
+func (v *View) provenLocked(s span) time.Time {
 	start := v.barriers.proven[0]
-	for _, p := range v.barriers.proven[1:] {
+	for _, p := range v.barriers.proven[1:s] {
 		if p.IsZero() || start.IsZero() {
 			return time.Time{}
 		}
@@ -116,14 +140,23 @@ func (v *View) Fault() string {
 // Barrier returns once the View is proven to hold everything that was
 // committed before the call. Concurrent callers share barriers. The error is
 // bus.Unavailable: without a quorum there is no answer.
-func (v *View) Barrier(ctx context.Context) error {
+func (v *View) Barrier(ctx context.Context) error { return v.barrier(ctx, allStreams) }
+
+// UsersBarrier is a Barrier for the records of users alone, at a third of the
+// cost: enough to say that a user is not registered, suspended or expired. It
+// renews no lease.
+func (v *View) UsersBarrier(ctx context.Context) error { return v.barrier(ctx, usersOnly) }
+
+func (v *View) barrier(ctx context.Context, s span) error {
+	v.mu.Lock()
 	asked := v.cfg.Now()
-	select {
-	case v.barriers.demand <- struct{}{}:
-	default:
+	if v.barriers.wanted < s {
+		v.barriers.wanted = s
+		v.barriers.ask()
 	}
+	v.mu.Unlock()
 	return v.waitUntil(ctx, func() bool {
-		p := v.provenLocked()
+		p := v.provenLocked(s)
 		return !p.IsZero() && !p.Before(asked)
 	})
 }
@@ -149,25 +182,20 @@ func (v *View) keepLease(ctx context.Context) {
 	}
 	tick := time.NewTicker(100 * time.Millisecond)
 	defer tick.Stop()
-	var last time.Time
+	var spaced <-chan time.Time
 	held := false
 	for {
-		due := false
 		select {
 		case <-ctx.Done():
 			v.release()
 			return
 		case <-v.barriers.demand:
-			select {
-			case <-ctx.Done():
-			case <-time.After(barrierSpacing - time.Since(last)):
-			}
-			due = true
+		case <-spaced:
+			spaced = nil
 		case <-tick.C:
-			due = time.Since(last) >= renewEvery
 		}
 		v.mu.Lock()
-		live := v.allLive()
+		due, rest := v.dueLocked(v.cfg.Now())
 		_, now := v.leaseLocked()
 		if held && !now {
 			v.wake()
@@ -180,35 +208,71 @@ func (v *View) keepLease(ctx context.Context) {
 				v.cfg.OnLease(held)
 			}
 		}
-		if due && live {
-			last = time.Now()
-			v.writeBarrier()
+		if due != 0 {
+			v.writeBarrier(due)
+		} else if rest > 0 && spaced == nil {
+			spaced = time.After(rest)
 		}
 	}
 }
 
-func (v *View) writeBarrier() {
+// dueLocked says whether to begin a barrier now, and over which streams; if not
+// yet, rest is when to look again, or 0 for "when something happens".
+//
+// On demand there is one at a time: whoever asks while one is under way cannot
+// use it, for it began before they asked, and shares the next one, which begins
+// when the first is proven. Were there more, a crowd of strangers on a busy
+// machine would have barriers queue up behind each other and slow all down. One
+// that is not proven in time is taken for lost.
+func (v *View) dueLocked(now time.Time) (due span, rest time.Duration) {
+	b := &v.barriers
+	age := now.Sub(b.begun)
+	_, unproven := b.open[b.newest]
+	switch {
+	case !v.allLive():
+		return 0, 0
+	case now.Sub(b.renewed) >= renewEvery:
+		return allStreams, 0
+	case b.wanted == 0, unproven && age < barrierPatience:
+		return 0, 0
+	case age < barrierSpacing:
+		return 0, barrierSpacing - age
+	}
+	return b.wanted, 0
+}
+
+// beginLocked starts a barrier. Who asked before it is served by it.
+func (v *View) beginLocked(token string, s span) {
+	b := &v.barriers
+	start := v.cfg.Now()
+	for t, u := range b.open {
+		if start.Sub(u.start) > 3*DefaultLease {
+			delete(b.open, t)
+		}
+	}
+	b.open[token] = underWay{start, s}
+	b.wanted, b.newest, b.begun = 0, token, start
+	if s == allStreams {
+		b.renewed = start
+	}
+}
+
+func (v *View) writeBarrier(s span) {
 	raw := make([]byte, 16)
 	if _, err := rand.Read(raw); err != nil {
 		v.setFault("randomness: " + err.Error())
 		return
 	}
 	token := hex.EncodeToString(raw)
-	start := v.cfg.Now()
 	v.mu.Lock()
-	for t, s := range v.barriers.open {
-		if start.Sub(s) > 3*DefaultLease {
-			delete(v.barriers.open, t)
-		}
-	}
-	v.barriers.open[token] = start
+	v.beginLocked(token, s)
 	v.mu.Unlock()
-	if err := v.publishBarrier(token, false); err != nil {
+	if err := v.publishBarrier(token, s, false); err != nil {
 		v.setFault(fmt.Sprintf("not connected to NATS: %v", err))
 	}
 }
 
-func (v *View) publishBarrier(token string, released bool) error {
+func (v *View) publishBarrier(token string, s span, released bool) error {
 	value, err := json.Marshal(barrierRecord{
 		V: 1, Instance: v.Instance(), Service: v.cfg.Service, Node: v.cfg.Node, Boot: v.boot,
 		LeaseMS: v.cfg.Lease.Milliseconds(), Released: released || v.cfg.Lease == 0, Token: token, RecordsV: recordsVersion,
@@ -216,7 +280,7 @@ func (v *View) publishBarrier(token string, released bool) error {
 	if err != nil {
 		return err
 	}
-	for i, b := range viewBuckets {
+	for i, b := range viewBuckets[:s] {
 		m := nats.NewMsg(subjectOf(b, barrierKeys+v.Instance()+"."+v.boot))
 		m.Data = value
 		m.Reply = fmt.Sprintf("%s.%d.%s", v.barriers.inbox, i, token)
@@ -235,7 +299,7 @@ func (v *View) release() {
 	v.dropLocked("stopping")
 	v.wake()
 	v.mu.Unlock()
-	if err := v.publishBarrier("released", true); err == nil {
+	if err := v.publishBarrier("released", allStreams, true); err == nil {
 		_ = v.cfg.Conn.FlushTimeout(time.Second)
 	}
 }
@@ -273,8 +337,8 @@ func (v *View) barrierAnswered(m *nats.Msg) {
 	i := int(tokens[len(tokens)-2][0] - '0')
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if start, ok := v.barriers.open[tokens[len(tokens)-1]]; ok {
-		v.barriers.bySeq[i] = seqProof{ack.Seq, start}
+	if u, ok := v.barriers.open[tokens[len(tokens)-1]]; ok {
+		v.barriers.bySeq[i] = seqProof{ack.Seq, u.start}
 		v.proveBySequence(i)
 		v.wake()
 	}
@@ -330,33 +394,39 @@ func (v *View) forgetLongGone(now time.Time) {
 
 // sawBarrier takes a barrier that the live feed delivered; it needs mu. An own
 // one proves this table current up to that barrier's start, provided stream
-// and process agree on the time.
-func (v *View) sawBarrier(i int, r record) error {
+// and process agree on the time. moved says that something new is proven: the
+// barriers of others, many more, need wake nobody.
+func (v *View) sawBarrier(i int, r record) (moved bool, err error) {
 	b := v.sawHolder(i, r)
 	if guard.Off(guard.OwnBarrier) {
 		v.proveBySequence(i)
-		return nil
+		return true, nil
 	}
 	if b == nil || b.Boot != v.boot {
-		return nil
+		return false, nil
 	}
-	start, ok := v.barriers.open[b.Token]
+	u, ok := v.barriers.open[b.Token]
 	if !ok {
-		return nil
+		return false, nil
 	}
 	now := v.cfg.Now()
-	if r.at.Before(start.Add(-clockTolerance)) || r.at.After(now.Add(clockTolerance)) {
-		return fmt.Errorf("%w: clock: stream %s says %s, this machine %s", errUntrusted,
+	if r.at.Before(u.start.Add(-clockTolerance)) || r.at.After(now.Add(clockTolerance)) {
+		return false, fmt.Errorf("%w: clock: stream %s says %s, this machine %s", errUntrusted,
 			StreamName(viewBuckets[i]), r.at.Format(time.RFC3339Nano), now.UTC().Format(time.RFC3339Nano))
 	}
-	if v.barriers.proven[i].Before(start) {
-		v.barriers.proven[i] = start
+	if v.barriers.proven[i].Before(u.start) {
+		v.barriers.proven[i] = u.start
 	}
-	if !v.provenLocked().Before(start) {
+	if !v.provenLocked(u.span).Before(u.start) {
 		delete(v.barriers.open, b.Token)
-		v.fault = "no barrier within the lease"
+		if u.span == allStreams {
+			v.fault = "no barrier within the lease"
+		}
+		if v.barriers.wanted != 0 {
+			v.barriers.ask()
+		}
 	}
-	return nil
+	return true, nil
 }
 
 // leasedAt reports whether the boot may hold a lease at that moment, as far as

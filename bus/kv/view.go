@@ -31,6 +31,9 @@ const (
 	// barrierSpacing bounds what a flood of strangers can cost: at most 100
 	// barriers a second, shared by everyone who waits.
 	barrierSpacing = 10 * time.Millisecond
+	// barrierPatience is how long a barrier may be unproven before another one
+	// is begun on demand.
+	barrierPatience = 250 * time.Millisecond
 )
 
 // ViewConfig configures a View. Instance, Service and Node are single subject
@@ -78,7 +81,7 @@ type View struct {
 	access map[bus.UserKey]*Access // derived, dropped when anything beneath changes
 	fault  string                  // why there is no lease, for people
 	live   [3]bool                 // by streamIndex: loaded, and following
-	woken  chan struct{}           // closed and replaced whenever anything above moves
+	woken  chan struct{}           // closed and replaced whenever anything moves that somebody may wait for
 	known  map[string]*holder      // every boot whose barrier was seen in any stream
 
 	barriers barrierState

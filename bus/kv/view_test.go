@@ -2,6 +2,7 @@ package kv
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -206,7 +207,8 @@ func barrierFor(t *testing.T, v *View, boot, token string, released bool) []byte
 
 func deliver(t *testing.T, v *View, i int, rev uint64, at time.Time, boot, token string) error {
 	t.Helper()
-	return v.sawBarrier(i, record{key: barrierKeys + v.Instance() + "." + boot, rev: rev, at: at, value: barrierFor(t, v, boot, token, false)})
+	_, err := v.sawBarrier(i, record{key: barrierKeys + v.Instance() + "." + boot, rev: rev, at: at, value: barrierFor(t, v, boot, token, false)})
+	return err
 }
 
 // Only one's own record, in all three streams, proves a View current; the
@@ -214,7 +216,7 @@ func deliver(t *testing.T, v *View, i int, rev uint64, at time.Time, boot, token
 func TestLeaseNeedsOwnRecordInEveryStream(t *testing.T) {
 	v, c := newTestView(t)
 	start := c.t
-	v.barriers.open["mine"] = start
+	v.beginLocked("mine", allStreams)
 	c.t = c.t.Add(time.Second)
 	held := func() bool { _, ok := v.Lease(); return ok }
 	for i := range v.tables {
@@ -246,7 +248,7 @@ func TestLeaseNeedsOwnRecordInEveryStream(t *testing.T) {
 func TestBarrierRefusesForeignClock(t *testing.T) {
 	for _, off := range []time.Duration{-3 * time.Second, 3 * time.Second, -10 * time.Minute, 10 * time.Minute} {
 		v, c := newTestView(t)
-		v.barriers.open["mine"] = c.t
+		v.beginLocked("mine", allStreams)
 		if err := deliver(t, v, usersIdx, 1, c.t.Add(off), v.boot, "mine"); !errors.Is(err, errUntrusted) {
 			t.Errorf("clock off by %s: %v, want the feed to be given up", off, err)
 		}
@@ -256,10 +258,98 @@ func TestBarrierRefusesForeignClock(t *testing.T) {
 	}
 }
 
+// prove delivers a barrier of one's own from every stream of its span.
+func prove(t *testing.T, v *View, s span, token string) {
+	t.Helper()
+	for i := range s {
+		if err := deliver(t, v, int(i), 1, v.cfg.Now(), v.boot, token); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// On demand one barrier is under way at a time, and no caller is served by one
+// that began before they asked.
+func TestBarriersOnDemandOneAtATime(t *testing.T) {
+	v, c := newTestView(t)
+	pass := func(d time.Duration) { c.t = c.t.Add(d) }
+	ask := func(s span) (served func() bool) {
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel() // asks, and does not wait
+		if v.barrier(ctx, s) == nil {
+			t.Fatal("a barrier that nobody wrote")
+		}
+		asked := c.t
+		return func() bool { return !v.provenLocked(s).Before(asked) }
+	}
+	due := func(when string, want span, wantRest time.Duration) {
+		t.Helper()
+		if s, rest := v.dueLocked(c.t); s != want || rest != wantRest {
+			t.Fatalf("%s: due %d, look again in %s; want %d, %s", when, s, rest, want, wantRest)
+		}
+	}
+	due("at the start", allStreams, 0)
+	v.beginLocked("renewal", allStreams)
+	prove(t, v, allStreams, "renewal")
+	pass(time.Millisecond)
+	due("nobody asks", 0, 0)
+	first := ask(usersOnly)
+	due("right behind a proven one", 0, barrierSpacing-time.Millisecond)
+	pass(barrierSpacing)
+	due("asked, at rest", usersOnly, 0)
+	v.beginLocked("first", usersOnly)
+	due("served by the one under way", 0, 0)
+	pass(5 * time.Millisecond)
+	second := ask(usersOnly)
+	whole := ask(allStreams)
+	pass(barrierPatience - 6*time.Millisecond)
+	due("one is under way", 0, 0)
+	for range len(v.barriers.demand) {
+		<-v.barriers.demand
+	}
+	prove(t, v, usersOnly, "first")
+	if !first() || second() || whole() {
+		t.Errorf("the first barrier serves first %v, second %v, whole %v; want only who asked before it", first(), second(), whole())
+	}
+	if len(v.barriers.demand) != 1 {
+		t.Error("nobody is told that the next barrier may begin")
+	}
+	due("the one under way is proven", allStreams, 0)
+	v.beginLocked("lost", allStreams)
+	pass(time.Millisecond)
+	third := ask(usersOnly)
+	pass(barrierPatience - time.Millisecond)
+	due("the one under way is lost", usersOnly, 0)
+	v.beginLocked("third", usersOnly)
+	prove(t, v, usersOnly, "third")
+	if !third() || whole() {
+		t.Errorf("a barrier over users serves third %v, whole %v; want only the one who asked for users", third(), whole())
+	}
+	pass(renewEvery - barrierPatience)
+	due("time to renew, whatever was asked", allStreams, 0)
+}
+
+// A barrier over users renews no lease.
+func TestUsersBarrierRenewsNoLease(t *testing.T) {
+	v, c := newTestView(t)
+	v.beginLocked("whole", allStreams)
+	prove(t, v, allStreams, "whole")
+	before, _ := v.Lease()
+	c.t = c.t.Add(time.Second)
+	v.beginLocked("users", usersOnly)
+	prove(t, v, usersOnly, "users")
+	if after, _ := v.Lease(); !after.Equal(before) {
+		t.Errorf("the lease moved from %s to %s", before, after)
+	}
+	if len(v.barriers.open) != 0 {
+		t.Errorf("still open: %v", v.barriers.open)
+	}
+}
+
 // Dropping the View ends the lease at once, also for barriers under way.
 func TestDropForgetsBarriersUnderWay(t *testing.T) {
 	v, c := newTestView(t)
-	v.barriers.open["old"] = c.t
+	v.beginLocked("old", allStreams)
 	v.dropLocked("a gap")
 	for i := range v.tables {
 		if err := deliver(t, v, i, 1, c.t, v.boot, "old"); err != nil {
@@ -441,9 +531,9 @@ func TestNarrowedSince(t *testing.T) {
 // A stream that was deleted and made again counts from one: a View still fed
 // by the old one is far ahead of every new acknowledgement and knows nothing.
 func TestSequenceIsNoProof(t *testing.T) {
-	v, c := newTestView(t)
+	v, _ := newTestView(t)
 	v.barriers.inbox = "_INBOX.x"
-	v.barriers.open["mine"] = c.t
+	v.beginLocked("mine", allStreams)
 	for i := range v.tables {
 		v.tables[i].lastSeq = 50
 		v.barrierAnswered(&nats.Msg{Subject: fmt.Sprintf("_INBOX.x.%d.mine", i), Data: []byte(`{"stream":"x","seq":2}`)})

@@ -74,6 +74,7 @@ type source interface {
 	Access(k bus.UserKey) (*kv.Access, error)
 	PlainAccess(ctx context.Context, k bus.UserKey) (*kv.Access, error)
 	Barrier(ctx context.Context) error
+	UsersBarrier(ctx context.Context) error
 	Hold(k bus.UserKey) releaser
 }
 
@@ -264,7 +265,8 @@ func (s *Service) answer(ctx context.Context, j job) {
 // before the View is read until the answer has had its effect.
 //
 // Any refusal of a proven key other than a recorded revoke is looked at once
-// more behind a barrier, so that a grant of a moment ago is never missed. That
+// more behind a barrier, so that a grant of a moment ago is never missed: one
+// over the records of users, unless the refusal rests on more than those. That
 // wait is not the worker's: a crowd of strangers must not keep members waiting.
 func (s *Service) decideAndReply(ctx context.Context, j job, c *call, req Request) {
 	hold := s.view.Hold(req.User)
@@ -280,11 +282,15 @@ func (s *Service) decideAndReply(ctx context.Context, j job, c *call, req Reques
 		hold.Release()
 		return
 	}
+	barrier := s.view.UsersBarrier
+	if v.out.rooms {
+		barrier = s.view.Barrier
+	}
 	go func() {
 		defer func() { <-s.doubts }()
 		bctx, cancel := context.WithDeadline(context.WithoutCancel(ctx), j.received.Add(Deadline))
 		defer cancel()
-		if err := s.view.Barrier(bctx); err != nil {
+		if err := barrier(bctx); err != nil {
 			v.out = silence("no_barrier", err)
 		} else {
 			v = s.look(bctx, req)

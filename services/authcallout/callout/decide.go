@@ -13,6 +13,7 @@ type outcome struct {
 	final  bool   // a denial that no later grant can overtake
 	quiet  bool   // no answer at all
 	alert  bool   // somebody should look
+	rooms  bool   // it rests on more than the user's own record
 	reason string // for log and metrics; never for the client
 	err    error
 }
@@ -48,5 +49,6 @@ func decide(a *kv.Access, err error, now time.Time) outcome {
 		allow: allow, reason: reason,
 		final: a.User.Status == bus.Revoked,
 		alert: reason == "unknown_status" || reason == "too_many_rooms",
+		rooms: reason == "too_many_rooms",
 	}
 }

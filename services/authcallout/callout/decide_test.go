@@ -45,7 +45,7 @@ func TestDecide(t *testing.T) {
 		{"expired", until(-time.Hour), nil, outcome{reason: "expired"}},
 		{"a status nobody knows", user(func(u *bus.User) { u.Status = "friendly" }), nil, outcome{reason: "unknown_status", alert: true}},
 		{"no status", user(func(u *bus.User) { u.Status = "" }), nil, outcome{reason: "unknown_status", alert: true}},
-		{"too many rooms", rooms(bus.MaxRoomsPerUser + 1), nil, outcome{reason: "too_many_rooms", alert: true}},
+		{"too many rooms", rooms(bus.MaxRoomsPerUser + 1), nil, outcome{reason: "too_many_rooms", alert: true, rooms: true}},
 		{"broken record", nil, errors.New("bad JSON"), outcome{reason: "broken_record", alert: true}},
 		{"broken record beside a readable one", s.access(t), errors.New("bad JSON"), outcome{reason: "broken_record", alert: true}},
 	} {

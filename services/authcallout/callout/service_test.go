@@ -48,6 +48,8 @@ func (s *script) PlainAccess(context.Context, bus.UserKey) (*kv.Access, error) {
 
 func (s *script) Barrier(context.Context) error { s.note("barrier"); return s.barrier() }
 
+func (s *script) UsersBarrier(context.Context) error { s.note("users barrier"); return s.barrier() }
+
 func (s *script) Hold(bus.UserKey) releaser { s.note("hold"); return &s.hold }
 
 // stage is a Service on a script, and what became of a request.
@@ -244,13 +246,19 @@ func TestWithoutALeaseThereIsSilence(t *testing.T) {
 // key, short of a recorded revoke, may be older than a grant that has returned.
 func TestAGrantOfAMomentAgoIsNotMissed(t *testing.T) {
 	past := moment.Add(-time.Hour)
+	crowd := make([]kv.Grant, bus.MaxRoomsPerUser+1)
 	for name, before := range map[string]func(*kv.Access) (*kv.Access, error){
-		"unknown":       func(*kv.Access) (*kv.Access, error) { return nil, nil },
-		"suspended":     func(a *kv.Access) (*kv.Access, error) { a.User.Status = bus.Suspended; return a, nil },
-		"expired":       func(a *kv.Access) (*kv.Access, error) { a.User.ExpiresAt = &past; return a, nil },
-		"broken_record": func(*kv.Access) (*kv.Access, error) { return nil, errors.New("bad JSON") },
+		"too_many_rooms": func(a *kv.Access) (*kv.Access, error) { a.Rooms = crowd; return a, nil },
+		"unknown":        func(*kv.Access) (*kv.Access, error) { return nil, nil },
+		"suspended":      func(a *kv.Access) (*kv.Access, error) { a.User.Status = bus.Suspended; return a, nil },
+		"expired":        func(a *kv.Access) (*kv.Access, error) { a.User.ExpiresAt = &past; return a, nil },
+		"broken_record":  func(*kv.Access) (*kv.Access, error) { return nil, errors.New("bad JSON") },
 	} {
 		stale := func(g *stage) (*kv.Access, error) { return before(g.access(t)) }
+		barrier := "users barrier"
+		if name == "too_many_rooms" { // the one refusal for which other records count
+			barrier = "barrier"
+		}
 		t.Run(name+", then granted", func(t *testing.T) {
 			g := newStage(t)
 			grant, current := g.tells, false
@@ -263,7 +271,7 @@ func TestAGrantOfAMomentAgoIsNotMissed(t *testing.T) {
 			}
 			g.connect(t)
 			g.wantAdmitted(t)
-			g.wantAsked(t, "hold lease access barrier lease access lease")
+			g.wantAsked(t, "hold lease access "+barrier+" lease access lease")
 		})
 		t.Run(name+", for good", func(t *testing.T) {
 			g := newStage(t)
