@@ -190,19 +190,12 @@ func (p *process) closeConnections() {
 
 // connected hears that a server has opened a connection in account BUS.
 func (p *process) connected(m *nats.Msg) {
-	var e struct {
-		Server struct {
-			ID string `json:"id"`
-		} `json:"server"`
-		Client struct {
-			ID uint64 `json:"id"`
-		} `json:"client"`
-	}
-	if err := json.Unmarshal(m.Data, &e); err != nil {
+	server, client, err := parseConnect(m.Data)
+	if err != nil {
 		p.log.Warn("connect event", "err", err)
 		return
 	}
-	p.service.Connected(e.Server.ID, e.Client.ID)
+	p.service.Connected(server, client)
 }
 
 // serve answers until ctx ends. The lease is released last, when no answer can
