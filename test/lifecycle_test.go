@@ -331,7 +331,11 @@ func callerRevoked(w *world) {
 		_, err := s.AddUser(ctx, p.key, "friend", bus.Admin)
 		answer <- err
 	}()
-	<-reached
+	select {
+	case <-reached:
+	case err := <-answer:
+		w.t.Fatalf("written without asking about the caller again: %v", err)
+	}
 	w.must(w.store.RevokeUser(ctx, boss.key))
 	close(goOn)
 	if err := <-answer; bus.CodeOf(err) != bus.Forbidden {
