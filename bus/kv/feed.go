@@ -90,8 +90,8 @@ func (v *View) feed(ctx context.Context, i int) error {
 	return v.consume(ctx, i, tail.sub, info, tail.pending)
 }
 
-// tail is a consumer that delivers the newest record of every key of a bucket
-// and then whatever follows.
+// tail is an ordered consumer. That of openTail delivers the newest record of
+// every key of a bucket and then whatever follows.
 type tail struct {
 	sub     *nats.Subscription
 	pending uint64 // records that were there when it was made
@@ -99,6 +99,13 @@ type tail struct {
 }
 
 func openTail(ctx context.Context, nc *nats.Conn, bucket string) (*tail, error) {
+	return openConsumer(ctx, nc, StreamName(bucket), nats.ConsumerConfig{
+		DeliverPolicy: nats.DeliverLastPerSubjectPolicy, FilterSubject: "$KV." + bucket + ".>",
+	})
+}
+
+// openConsumer makes an ordered consumer; start says where it begins.
+func openConsumer(ctx context.Context, nc *nats.Conn, stream string, start nats.ConsumerConfig) (*tail, error) {
 	sub, err := nc.SubscribeSync(nc.NewInbox())
 	if err != nil {
 		return nil, err
@@ -110,17 +117,15 @@ func openTail(ctx context.Context, nc *nats.Conn, bucket string) (*tail, error) 
 	if err != nil {
 		return nil, errors.Join(err, sub.Unsubscribe())
 	}
-	consumer, err := js.AddConsumer(StreamName(bucket), &nats.ConsumerConfig{
-		DeliverSubject: sub.Subject, DeliverPolicy: nats.DeliverLastPerSubjectPolicy, FilterSubject: "$KV." + bucket + ".>",
-		AckPolicy: nats.AckNonePolicy, MaxDeliver: 1, Replicas: 1, MemoryStorage: true,
-		Heartbeat: heartbeat, FlowControl: true, InactiveThreshold: 10 * time.Second,
-	}, nats.Context(ctx))
+	start.DeliverSubject, start.AckPolicy, start.MaxDeliver, start.Replicas, start.MemoryStorage = sub.Subject, nats.AckNonePolicy, 1, 1, true
+	start.Heartbeat, start.FlowControl, start.InactiveThreshold = heartbeat, true, 10*time.Second
+	consumer, err := js.AddConsumer(stream, &start, nats.Context(ctx))
 	if err != nil {
 		return nil, errors.Join(err, sub.Unsubscribe())
 	}
 	return &tail{sub: sub, pending: consumer.NumPending, close: func() {
 		_ = sub.Unsubscribe()
-		_ = js.DeleteConsumer(StreamName(bucket), consumer.Name, nats.MaxWait(100*time.Millisecond))
+		_ = js.DeleteConsumer(stream, consumer.Name, nats.MaxWait(100*time.Millisecond))
 	}}, nil
 }
 
@@ -159,7 +164,7 @@ func (v *View) consume(ctx context.Context, i int, sub *nats.Subscription, info 
 			return fmt.Errorf("stream %s: silent for %s: %w", info.Config.Name, silence, err)
 		}
 		if status := msg.Header.Get("Status"); status != "" {
-			if err := v.control(msg, status, last); err != nil {
+			if err := control(v.cfg.Conn, msg, status, last); err != nil {
 				return fmt.Errorf("stream %s: %w", info.Config.Name, err)
 			}
 			continue
@@ -192,7 +197,7 @@ func (v *View) consume(ctx context.Context, i int, sub *nats.Subscription, info 
 
 // control handles a message without payload: heartbeat or flow control. A
 // heartbeat names the last message sent; not having it means one was lost.
-func (v *View) control(msg *nats.Msg, status string, last uint64) error {
+func control(nc *nats.Conn, msg *nats.Msg, status string, last uint64) error {
 	if status != "100" {
 		return fmt.Errorf("consumer ended with status %s %s", status, msg.Header.Get("Description"))
 	}
@@ -200,7 +205,7 @@ func (v *View) control(msg *nats.Msg, status string, last uint64) error {
 		return msg.Respond(nil)
 	}
 	if stalled := msg.Header.Get("Nats-Consumer-Stalled"); stalled != "" {
-		return v.cfg.Conn.Publish(stalled, nil)
+		return nc.Publish(stalled, nil)
 	}
 	if sent := msg.Header.Get("Nats-Last-Consumer"); sent != "" && sent != fmt.Sprint(last) {
 		return fmt.Errorf("%w: gap: last consumer sequence is %s, have %d", errUntrusted, sent, last)
