@@ -173,6 +173,7 @@ func tlsFiles(pki, inventory, node string) ([]nodeFile, error) {
 // nodeConfig is what the templates see.
 type nodeConfig struct {
 	Node, Cluster string
+	Nodes         []string // all, this one included
 	Etc, State    string
 
 	Listen, RouteListen, APIListen string   // host:port
@@ -185,6 +186,7 @@ type nodeConfig struct {
 	RoutePassword string
 
 	Buckets, ViewBuckets, Streams []string
+	Audit                         string // the stream
 	Caps                          caps
 
 	Digest string // of everything else that nats-server reads
@@ -218,12 +220,13 @@ func newNodeConfig(inv *inventory, n node, s *secrets, etc, state string) nodeCo
 			MembershipAdmin: n.ports.membershipAdmin, AuthcalloutAdmin: n.ports.authcalloutAdmin,
 		},
 		Key: s.public, RoutePassword: s.routePassword,
-		ViewBuckets: []string{kv.Users, kv.Rooms, kv.Members},
-		Caps:        caps{Store: storePerNode, Ctrl: kv.Replicas * ctrlPerNode, Bus: kv.Replicas * busPerNode, CtrlNode: ctrlPerNode, BusNode: busPerNode},
+		ViewBuckets: []string{kv.Users, kv.Rooms, kv.Members}, Audit: kv.AuditStream,
+		Caps: caps{Store: storePerNode, Ctrl: kv.Replicas * ctrlPerNode, Bus: kv.Replicas * busPerNode, CtrlNode: ctrlPerNode, BusNode: busPerNode},
 	}
 	natsURLs := []string{"tls://" + hostPort(n.public, n.ports.nats)}
 	apiURLs := []string{"https://" + hostPort(n.public, n.ports.api)}
 	for _, other := range inv.nodes {
+		c.Nodes = append(c.Nodes, other.name)
 		if other.name == n.name {
 			continue
 		}
