@@ -21,6 +21,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/nats-io/nkeys"
 
+	"unibus.internal/bus"
 	"unibus.internal/bus/kv"
 	"unibus.internal/test/cluster"
 	"unibus.internal/test/wire"
@@ -52,7 +53,7 @@ var (
 		">", "*", "*.>", "_INBOX.>", "_INBOX_*.>", "_INBOX_ops.>", "$SYS.>", "$SYS.ACCOUNT.>", "$SYS.ACCOUNT.*.*", "$SYS.SERVER.*.>", "$SYS.REQ.>",
 		"$JS.>", "$JS.API.>", "$KV.>", "$KV.UNIBUS_users.>", "unibus.>", "unibus.audit.>", "sys.connz", "room.>", "notice.>",
 	}
-	enforcement = []string{"$SYS.REQ.SERVER.NAAA.KICK", "$SYS.REQ.SERVER.NAAA.LDM", "sys.connz", "unibus.ack.a.b", "unibus.audit.x"}
+	enforcement = []string{"$SYS.REQ.SERVER.NAAA.KICK", "$SYS.REQ.SERVER.NAAA.LDM", "sys.connz", "unibus.ack.a.b"}
 )
 
 func staticUsers() []staticUser {
@@ -64,11 +65,14 @@ func staticUsers() []staticUser {
 		cannotSub: append([]string{"$SYS._INBOX.>", "$SYS.REQ.USER.>", "$SYS.REQ.USER.*"}, deafServices...),
 	}
 	callout := staticUser{
-		name:      "authcallout-ctrl",
-		publish:   append([]string{"$JS.FC.KV_UNIBUS_users.c.x"}, enforcement...),
+		name: "authcallout-ctrl",
+		publish: append([]string{
+			"$JS.FC.KV_UNIBUS_users.c.x", "unibus.audit.authcallout-n1", "unibus.audit.authcallout-n2", "unibus.audit.authcallout-n3", "$JS.API.STREAM.MSG.GET.UNIBUS_AUDIT",
+		}, enforcement...),
 		subscribe: []string{"_INBOX_authcallout.>", "$SYS.ACCOUNT.BUS.*", "$SYS.ACCOUNT.BUS.CONNECT"},
 		cannotPub: append([]string{
 			"_INBOX_authcallout.x", "_INBOX_membership.x", "unibus.ack.a", "unibus.ack.a.b.c", "$JS.API.INFO", "$SYS.REQ.USER.INFO",
+			"unibus.audit.membership-n1", "unibus.audit.authcallout-n4", "unibus.audit.unibusctl-direct", "unibus.audit.x",
 			"$KV.UNIBUS_users._barrier", "$KV.UNIBUS_users._barrier.a", "$KV.UNIBUS_users._barrier.a.b.c", "$KV.UNIBUS_handles._barrier.a.b",
 			"$JS.API.STREAM.UPDATE.KV_UNIBUS_users", "$JS.API.STREAM.CREATE.KV_UNIBUS_users", "$JS.API.STREAM.MSG.GET.KV_UNIBUS_users",
 		}, beyondServices...),
@@ -76,9 +80,9 @@ func staticUsers() []staticUser {
 	}
 	membership := staticUser{
 		name:      "membership-ctrl",
-		publish:   append([]string{"$JS.FC.KV_UNIBUS_users.c.x", "$JS.API.INFO", "$SYS.REQ.USER.INFO"}, enforcement...),
+		publish:   append([]string{"$JS.FC.KV_UNIBUS_users.c.x", "$JS.API.INFO", "$SYS.REQ.USER.INFO", "unibus.audit.membership-n3"}, enforcement...),
 		subscribe: []string{"_INBOX_membership.>", "unibus.ack.*.*", "$SYS.ACCOUNT.BUS.*"},
-		cannotPub: append([]string{"_INBOX_authcallout.x", "unibus.ack.a", "unibus.x"}, beyondServices...),
+		cannotPub: append([]string{"_INBOX_authcallout.x", "unibus.ack.a", "unibus.x", "unibus.audit.authcallout-n1", "unibus.audit.membership-n1.x", "unibus.audit.x"}, beyondServices...),
 		cannotSub: append([]string{"_INBOX_authcallout.>"}, deafServices...),
 	}
 	notices := staticUser{
@@ -339,6 +343,7 @@ func TestServicesHaveEnoughRights(t *testing.T) {
 		ended := make(chan struct{})
 		go func() { v.Run(running); close(ended) }()
 		err = v.WaitLease(ctx)
+		auditAs(running, t, service, nc, c.Seed(service+"-ctrl"))
 		stop()
 		<-ended
 		if err != nil {
@@ -347,6 +352,37 @@ func TestServicesHaveEnoughRights(t *testing.T) {
 	}
 	reachEveryServer(t, callout)
 	holdCaps(ctx, t, c)
+}
+
+// auditAs writes, and as membership also signs, reads and verifies, the audit.
+func auditAs(ctx context.Context, t *testing.T, service string, nc *nats.Conn, seed string) {
+	cfg := kv.AuditConfig{Conn: nc, Instance: service + "-n1"}
+	if service == "membership" {
+		cfg.Signer = kv.SeedSigner(seed)
+	}
+	a := kv.OpenAudit(cfg)
+	actx, stop := context.WithCancel(ctx)
+	done := make(chan struct{})
+	go func() { a.Run(actx); close(done) }()
+	err := a.Record(ctx, bus.AuditEntry{Kind: bus.AuditOutcome, Action: "test", Actor: "direct", Result: "ok"})
+	stop()
+	<-done
+	if err != nil {
+		t.Errorf("%s cannot write the audit: %v", service, err)
+	}
+	if cfg.Signer == nil {
+		return
+	}
+	signer, err := cfg.Signer.PublicKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if report, err := kv.VerifyAudit(ctx, nc, []string{signer}); err != nil || !report.OK || report.Checkpoints == 0 || report.Unsigned > 1 {
+		t.Errorf("%s cannot sign and verify the audit: %+v, %v", service, report, err)
+	}
+	if records, _, err := kv.ReadAudit(ctx, nc, kv.AuditQuery{Actor: "direct"}); err != nil || len(records) == 0 {
+		t.Errorf("%s reads %d records of the audit: %v", service, len(records), err)
+	}
 }
 
 // reachEveryServer asks for connections and kicks one that does not exist, on

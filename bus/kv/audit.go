@@ -31,7 +31,8 @@ const (
 	// the rest one entry together. Otherwise whoever knocks in a loop would
 	// push the history out of the stream.
 	foldTime    = time.Minute
-	foldPass    = 8
+	foldPass    = 16
+	foldFrom    = 8 // addresses, of which some may be beyond foldPass
 	maxFolds    = 4096
 	sweepPause  = 5 * time.Second
 	msgIDDigits = 32
@@ -284,7 +285,7 @@ func (a *Audit) foldLocked(e bus.AuditEntry, now time.Time) {
 		a.folds[k] = f
 	}
 	f.last = e
-	stranger := len(f.from) < foldPass && !slices.Contains(f.from, e.From)
+	stranger := len(f.from) < foldFrom && !slices.Contains(f.from, e.From)
 	if stranger {
 		f.from = append(f.from, e.From)
 	}
@@ -386,6 +387,7 @@ func (a *Audit) write(ctx context.Context) bool {
 	if f == nil {
 		return false
 	}
+	failed := false
 	for pause := 50 * time.Millisecond; ; pause = min(2*pause, time.Second) {
 		landed, err := a.land(ctx, f)
 		switch {
@@ -395,10 +397,14 @@ func (a *Audit) write(ctx context.Context) bool {
 			return true
 		case landed:
 			a.flight = nil
+			if failed {
+				a.log.Info("the audit takes blocks again", "n", f.n)
+			}
 			return true
 		case ctx.Err() != nil:
 			return false
-		case err != nil:
+		case err != nil && !failed:
+			failed = true
 			a.log.Warn("the audit does not take a block; trying on", "n", f.n, "entries", len(f.entries), "err", err)
 		}
 		wait(ctx, pause)

@@ -52,8 +52,8 @@ var (
 type auditBlock[E any] struct {
 	V        int                  `json:"v"`
 	Instance string               `json:"instance"`
-	N        uint64               `json:"n"`    // counts from 1
-	Prev     string               `json:"prev"` // hash of the block before, as stored; empty at 1
+	N        uint64               `json:"n"`                  // counts from 1
+	Prev     string               `json:"prev"`               // hash of the block before, as stored; empty at 1
 	PrevSeq  uint64               `json:"prev_seq,omitempty"` // where that one is stored: holds the order of the chains among each other
 	At       time.Time            `json:"at"`
 	Dropped  uint64               `json:"dropped,omitempty"` // entries lost since the block before

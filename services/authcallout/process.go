@@ -41,6 +41,7 @@ type process struct {
 	auth    []*nats.Conn
 	ctrl    *nats.Conn
 	view    *kv.View
+	audit   *kv.Audit
 	service *callout.Service
 	ready   atomic.Bool
 	leases  chan bool
@@ -151,14 +152,18 @@ func (p *process) connect() (err error) {
 	if err != nil {
 		return err
 	}
+	p.audit = kv.OpenAudit(kv.AuditConfig{Conn: p.ctrl, Instance: p.view.Instance(), Log: p.log})
 	p.service, err = callout.New(callout.Config{
-		View: p.view, Keys: p.keys, TTL: p.cfg.ttl, Log: p.log, Metrics: callout.NewMetrics(p.reg), Now: time.Now,
+		View: p.view, Keys: p.keys, TTL: p.cfg.ttl, Log: p.log, Metrics: callout.NewMetrics(p.reg), Audit: p.audit, Now: time.Now,
 	})
 	if err != nil {
 		return err
 	}
 	p.service.Listen(p.auth...)
 	p.reg.MustRegister(
+		prometheus.NewCounterFunc(prometheus.CounterOpts{
+			Name: "unibus_audit_dropped_total", Help: "Entries that the audit lost: too many at once, or no quorum for too long.",
+		}, func() float64 { return float64(p.audit.Dropped()) }),
 		gauge("unibus_lease_held", "1 while decisions may be made.", func() float64 {
 			_, held := p.view.Lease()
 			return number(held)
@@ -198,16 +203,17 @@ func (p *process) connected(m *nats.Msg) {
 	p.service.Connected(server, client)
 }
 
-// serve answers until ctx ends. The lease is released last, when no answer can
-// have an effect any more.
+// serve answers until ctx ends. The lease is released, and the audit written to
+// its end, last, when no answer can have an effect any more.
 func (p *process) serve(ctx context.Context) int {
 	answering, stopAnswering := context.WithCancel(context.WithoutCancel(ctx))
 	deciding, stopDeciding := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopDeciding()
 	defer stopAnswering()
-	var work, view sync.WaitGroup
+	var work, state sync.WaitGroup
 	work.Go(func() { p.service.Run(answering) })
-	view.Go(func() { p.view.Run(deciding) })
+	state.Go(func() { p.view.Run(deciding) })
+	state.Go(func() { p.audit.Run(deciding) })
 	proven := make(chan error, 1)
 	go func() { proven <- p.provePath(answering) }()
 	tick := time.NewTicker(2 * time.Second)
@@ -237,7 +243,7 @@ loop:
 	stopAnswering()
 	work.Wait()
 	stopDeciding()
-	view.Wait()
+	state.Wait()
 	p.log.Info("stopped")
 	return code
 }

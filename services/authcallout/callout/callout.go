@@ -10,8 +10,8 @@
 //	decide  a pure function of the two (decide.go)
 //	mint    a decision becomes a signed JWT (mint.go)
 //
-// A denial is answered at once, with a constant text: the reason goes to log
-// and metrics only. What cannot be known - no lease, no barrier, an answer that
+// A denial is answered at once, with a constant text: the reason goes to log,
+// metrics and audit only. What cannot be known - no lease, no barrier, an answer that
 // would come late - is met with silence, because two refusals from one server
 // close a default client for good, and the server refuses by itself when its
 // time is up. An instance without a lease leaves the queue group, so that the
@@ -64,6 +64,7 @@ type Config struct {
 	TTL     time.Duration // of an admission without an expiry of its own
 	Log     *slog.Logger
 	Metrics *Metrics
+	Audit   Auditor // nil: decisions go to log and metrics only
 	Now     func() time.Time
 }
 
@@ -385,9 +386,11 @@ func (s *Service) deny(j job, c *call, out outcome, access *kv.Access) {
 // proven only where the result is allow or the reason is about a user; c is nil
 // for a request that no genuine server made.
 func (s *Service) record(j job, c *call, out outcome, access *kv.Access) {
-	took := s.cfg.Now().Sub(j.received)
+	now := s.cfg.Now()
+	took := now.Sub(j.received)
 	s.cfg.Metrics.requests.WithLabelValues(out.result(), out.reason).Inc()
 	s.cfg.Metrics.duration.Observe(took.Seconds())
+	s.audit(c, out, now)
 	args := []any{"result", out.result(), "reason", out.reason, "ms", float64(took.Microseconds()) / 1000}
 	if c != nil {
 		args = append(args, "key", shown(c.nkey), "server", c.serverName, "client", c.clientID, "host", c.host)

@@ -31,6 +31,9 @@ func (o outcome) result() string {
 	return "deny"
 }
 
+// reasonUnknown is said of a key that nobody has ever registered.
+const reasonUnknown = "unknown"
+
 func denial(reason string) outcome { return outcome{reason: reason} }
 
 func silence(reason string, err error) outcome { return outcome{quiet: true, reason: reason, err: err} }
@@ -42,7 +45,7 @@ func decide(a *kv.Access, err error, now time.Time) outcome {
 	case err != nil:
 		return outcome{reason: "broken_record", alert: true, err: err}
 	case a == nil:
-		return denial("unknown")
+		return denial(reasonUnknown)
 	}
 	allow, reason := a.Admitted(now)
 	return outcome{

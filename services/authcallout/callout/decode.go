@@ -44,6 +44,7 @@ type call struct {
 	nonce      string
 	nkey, sig  string
 	jwt        string
+	proven     bool // the client holds the private half of nkey
 }
 
 // Request is a client that has proven to hold the private half of User. Only
@@ -263,6 +264,7 @@ func (c *call) prove() (req Request, why string) {
 	if !signed(key, c.nonce, c.sig) && !guard.Off(guard.ClientSignature) {
 		return Request{}, "signature"
 	}
+	c.proven = true
 	return Request{User: key}, ""
 }
 
