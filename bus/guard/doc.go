@@ -23,6 +23,10 @@ const (
 	EmptyPermissions   Name = "empty-permissions"    // off: a user without rights gets empty lists
 	NoReplyPermissions Name = "no-reply-permissions" // off: minted JWTs carry response permissions
 	LowOrderKey        Name = "low-order-key"        // off: low-order keys are accepted
+	Kick               Name = "kick"                 // off: a change closes no connection
+	ConnectRecheck     Name = "connect-recheck"      // off: nobody looks again at a connection that opened beside a change
+	Sweep              Name = "sweep"                // off: sweeps find nothing
+	Cap                Name = "cap"                  // off: a user may hold any number of connections
 	RequestSignature   Name = "request-signature"    // off: the signature of a request is not verified
 	CallerRecheck      Name = "caller-recheck"       // off: who asked for a change is not looked at again before it is written
 	NonceOnce          Name = "nonce-once"           // off: a nonce is good more than once

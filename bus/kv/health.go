@@ -80,6 +80,28 @@ func streamHealth(ctx context.Context, js jetstream.JetStream, want jetstream.St
 	return h
 }
 
+// Peers names the nodes that hold the users, dead ones included: those whose
+// word counts when the question is what there is on all nodes.
+func Peers(ctx context.Context, nc *nats.Conn) ([]string, error) {
+	js, err := newJetStream(nc)
+	if err != nil {
+		return nil, err
+	}
+	s, err := js.Stream(ctx, StreamName(Users))
+	if err != nil {
+		return nil, bus.E(bus.Unavailable, "stream %s: %w", StreamName(Users), err)
+	}
+	c := s.CachedInfo().Cluster
+	if c == nil || c.Leader == "" {
+		return nil, bus.E(bus.Unavailable, "stream %s has no leader", StreamName(Users))
+	}
+	names := []string{c.Leader}
+	for _, r := range c.Replicas {
+		names = append(names, r.Name)
+	}
+	return names, nil
+}
+
 // probeKey is what Probe writes: shaped like a barrier, so that it is a record
 // in no bucket and no expectation on records ever sees it.
 const probeKey = barrierKeys + "probe.ops"

@@ -19,6 +19,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strconv"
 	"syscall"
 	"time"
 
@@ -40,6 +41,7 @@ const (
 	inbox           = "_INBOX_authcallout"
 	authSeed        = "authcallout-auth.nk"
 	ctrlSeed        = "authcallout-ctrl.nk"
+	busSeed         = "authcallout-bus.nk"
 )
 
 func main() {
@@ -54,6 +56,7 @@ type config struct {
 	node, natsURL, ca, creds string
 	adminListen, issuer      string
 	lease, ttl               time.Duration
+	perUser                  int // connections
 	logFormat                string
 	secured                  bool // the seeds' modes are systemd's business
 	check                    bool
@@ -69,7 +72,7 @@ func parseConfig(args []string, getenv func(string) string, stderr io.Writer) (c
 		}
 		return fallback
 	}
-	var lease, ttl string
+	var lease, ttl, perUser string
 	fs.StringVar(&c.node, "node", env("UNIBUS_NODE", ""), "name of this node ($UNIBUS_NODE)")
 	fs.StringVar(&c.natsURL, "nats-url", env("UNIBUS_NATS_URL", "tls://127.0.0.1:4250"), "this node's nats-server ($UNIBUS_NATS_URL)")
 	fs.StringVar(&c.ca, "ca", env("UNIBUS_CA", "/etc/unibus/tls/client-ca.crt"), "client CA ($UNIBUS_CA)")
@@ -78,6 +81,7 @@ func parseConfig(args []string, getenv func(string) string, stderr io.Writer) (c
 	fs.StringVar(&c.issuer, "issuer", env("UNIBUS_ISSUER", ""), "public key that issuer.nk must have ($UNIBUS_ISSUER)")
 	fs.StringVar(&lease, "lease", env("UNIBUS_LEASE", "10s"), "how long a barrier allows decisions, 1s to 10s ($UNIBUS_LEASE)")
 	fs.StringVar(&ttl, "user-ttl", env("UNIBUS_USER_TTL", "12h"), "how long a session lives at most ($UNIBUS_USER_TTL)")
+	fs.StringVar(&perUser, "user-connections", env("UNIBUS_USER_CONNECTIONS", strconv.Itoa(callout.DefaultUserConnections)), "connections a user may hold; beyond it the oldest are closed ($UNIBUS_USER_CONNECTIONS)")
 	fs.StringVar(&c.logFormat, "log-format", env("UNIBUS_LOG_FORMAT", "text"), "text or json ($UNIBUS_LOG_FORMAT)")
 	fs.BoolVar(&c.check, "check", false, "check the configuration and exit")
 	if err := fs.Parse(args); err != nil {
@@ -86,7 +90,8 @@ func parseConfig(args []string, getenv func(string) string, stderr io.Writer) (c
 	if fs.NArg() > 0 {
 		return c, fmt.Errorf("unexpected argument %q", fs.Arg(0))
 	}
-	var err1, err2 error
+	var err1, err2, err4 error
+	c.perUser, err4 = strconv.Atoi(perUser)
 	c.lease, err1 = time.ParseDuration(lease)
 	c.ttl, err2 = time.ParseDuration(ttl)
 	c.secured = c.creds == getenv("CREDENTIALS_DIRECTORY")
@@ -97,6 +102,8 @@ func parseConfig(args []string, getenv func(string) string, stderr io.Writer) (c
 		return c, fmt.Errorf("lease %q is not a duration from 1s to 10s", lease)
 	case err2 != nil:
 		return c, fmt.Errorf("user ttl %q is not a duration", ttl)
+	case err4 != nil || c.perUser < 1:
+		return c, fmt.Errorf("user connections %q is not a number from 1", perUser)
 	case c.logFormat != "text" && c.logFormat != "json":
 		return c, fmt.Errorf("log format %q is not text or json", c.logFormat)
 	case c.node == "":
@@ -157,18 +164,38 @@ func prepare(c config, log *slog.Logger) (*process, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, seed := range []string{authSeed, ctrlSeed} {
+	busKey := ""
+	for _, seed := range []string{authSeed, ctrlSeed, busSeed} {
 		raw, err := readSecret(c, seed)
 		if err != nil {
 			return nil, err
 		}
-		prefix, _, err := nkeys.DecodeSeed(raw)
+		public, err := userKey(raw)
 		clear(raw)
-		if err != nil || prefix != nkeys.PrefixByteUser {
+		if err != nil {
 			return nil, fmt.Errorf("%s does not hold a user seed (SU...)", filepath.Join(c.creds, seed))
 		}
+		if seed == busSeed {
+			busKey = public
+		}
 	}
-	return newProcess(c, log, keys, trust), nil
+	p := newProcess(c, log, keys, trust)
+	p.busKey = busKey
+	return p, nil
+}
+
+// userKey is the public half of a user seed.
+func userKey(seed []byte) (string, error) {
+	kp, err := nkeys.FromSeed(seed)
+	if err != nil {
+		return "", err
+	}
+	defer kp.Wipe()
+	public, err := kp.PublicKey()
+	if err == nil && !nkeys.IsValidPublicUserKey(public) {
+		err = errors.New("no user key")
+	}
+	return public, err
 }
 
 func fail(log *slog.Logger, code int, err error) int {
@@ -226,10 +253,10 @@ func readSecret(c config, name string) ([]byte, error) {
 	return bytes.TrimSpace(raw), nil
 }
 
-func (p *process) link(seed, purpose string) kv.Link {
+func (p *process) link(seed, purpose string, more ...nats.Option) kv.Link {
 	return kv.Link{
 		URL: p.cfg.natsURL, SeedFile: filepath.Join(p.cfg.creds, seed), CAFile: p.cfg.ca,
 		Name: "unibus-authcallout " + p.cfg.node + " " + purpose, Inbox: inbox, Timeout: 5 * time.Second,
-		Options: []nats.Option{nats.ErrorHandler(p.natsError)},
+		Options: append([]nats.Option{nats.ErrorHandler(p.natsError)}, more...),
 	}
 }

@@ -40,9 +40,12 @@ type process struct {
 	status  atomic.Value // string, for systemd and /readyz
 	auth    []*nats.Conn
 	ctrl    *nats.Conn
+	bus     *nats.Conn
+	busKey  string // nkey of bus
 	view    *kv.View
 	audit   *kv.Audit
 	service *callout.Service
+	enforce *callout.Enforcer
 	ready   atomic.Bool
 	leases  chan bool
 }
@@ -147,7 +150,8 @@ func (p *process) connect() (err error) {
 	}
 	p.view, err = kv.NewView(kv.ViewConfig{
 		Conn: p.ctrl, Service: "authcallout", Node: p.cfg.node, Lease: p.cfg.lease, Log: p.log,
-		OnLease: func(held bool) { p.leases <- held },
+		OnLease:  func(held bool) { p.leases <- held },
+		OnChange: func(c kv.Change, done func()) { p.enforce.Changed(c, done) },
 	})
 	if err != nil {
 		return err
@@ -159,6 +163,21 @@ func (p *process) connect() (err error) {
 	if err != nil {
 		return err
 	}
+	if p.bus, err = kv.Connect(p.link(busSeed, "notices")); err != nil {
+		return err
+	}
+	p.enforce = callout.NewEnforcer(callout.EnforcerConfig{
+		View: p.view, Service: p.service, Control: p.ctrl, Notices: p.bus, Services: []string{p.busKey},
+		Peers: func(ctx context.Context) ([]string, error) { return kv.Peers(ctx, p.ctrl) },
+		Node:  p.cfg.node, Limit: p.cfg.perUser, Log: p.log, Metrics: callout.NewEnforceMetrics(p.reg), Now: time.Now,
+	})
+	p.ctrl.SetReconnectHandler(func(*nats.Conn) { p.enforce.Resync() })
+	p.ctrl.SetErrorHandler(func(nc *nats.Conn, sub *nats.Subscription, err error) {
+		p.natsError(nc, sub, err)
+		if errors.Is(err, nats.ErrSlowConsumer) {
+			p.enforce.Resync()
+		}
+	})
 	p.service.Listen(p.auth...)
 	p.reg.MustRegister(
 		prometheus.NewCounterFunc(prometheus.CounterOpts{
@@ -169,9 +188,9 @@ func (p *process) connect() (err error) {
 			return number(held)
 		}),
 		gauge("unibus_kv_broken_records", "Records that cannot be decoded; each denies its own key.", func() float64 { return float64(len(p.view.Broken())) }),
+		gauge("unibus_enforce_connections", "Connections of users known to be open, on all servers.", func() float64 { return float64(p.enforce.Connections()) }),
 	)
-	_, err = p.ctrl.Subscribe("$SYS.ACCOUNT.BUS.CONNECT", p.connected)
-	return err
+	return p.enforce.Watch()
 }
 
 func gauge(name, help string, f func() float64) prometheus.Collector {
@@ -186,21 +205,11 @@ func number(ok bool) float64 {
 }
 
 func (p *process) closeConnections() {
-	for _, nc := range append(p.auth, p.ctrl) {
+	for _, nc := range append(p.auth, p.ctrl, p.bus) {
 		if nc != nil {
 			nc.Close()
 		}
 	}
-}
-
-// connected hears that a server has opened a connection in account BUS.
-func (p *process) connected(m *nats.Msg) {
-	server, client, err := parseConnect(m.Data)
-	if err != nil {
-		p.log.Warn("connect event", "err", err)
-		return
-	}
-	p.service.Connected(server, client)
 }
 
 // serve answers until ctx ends. The lease is released, and the audit written to
@@ -214,6 +223,7 @@ func (p *process) serve(ctx context.Context) int {
 	work.Go(func() { p.service.Run(answering) })
 	state.Go(func() { p.view.Run(deciding) })
 	state.Go(func() { p.audit.Run(deciding) })
+	state.Go(func() { p.enforce.Run(deciding) })
 	proven := make(chan error, 1)
 	go func() { proven <- p.provePath(answering) }()
 	tick := time.NewTicker(2 * time.Second)
@@ -258,6 +268,7 @@ func (p *process) leaseChanged(held bool) {
 	if err := p.service.Join(); err != nil {
 		p.log.Error("cannot answer", "err", err)
 	}
+	p.enforce.Resync()
 }
 
 // tell feeds the watchdog from this living loop and joins again if an earlier

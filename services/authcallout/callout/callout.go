@@ -357,7 +357,7 @@ func (s *Service) reply(j job, c *call, req Request, hold releaser, v verdict) {
 		return
 	}
 	kept = true
-	s.effects.begin(c, hold, expires.Sub(now)+effectMargin)
+	s.effects.begin(c, access, hold, expires.Sub(now)+effectMargin)
 	err = j.respond(reply)
 	if err == nil {
 		s.record(j, c, out, access)
@@ -410,10 +410,6 @@ func (s *Service) record(j job, c *call, out outcome, access *kv.Access) {
 
 // shown bounds what a stranger can put into the log.
 func shown(s string) string { return s[:min(len(s), 56)] }
-
-// Connected tells that a server has opened the connection that an answer of
-// ours admitted: that answer has had its effect.
-func (s *Service) Connected(serverID string, clientID uint64) { s.effects.end(serverID, clientID) }
 
 // Expect returns a channel that is closed when a request of this key, properly
 // proven, arrives here: start-up uses it to see that servers do ask us. forget

@@ -20,7 +20,7 @@ func (c *counter) want(t *testing.T, n int32) {
 
 func TestEffectEndsWithTheReportOfItsConnection(t *testing.T) {
 	e, h := newEffects(), &counter{}
-	e.begin(&call{serverID: "NA", clientID: 7}, h, time.Hour)
+	e.begin(&call{serverID: "NA", clientID: 7}, nil, h, time.Hour)
 	e.end("NA", 8)
 	e.end("NB", 7)
 	h.want(t, 0)
@@ -32,7 +32,7 @@ func TestEffectEndsWithTheReportOfItsConnection(t *testing.T) {
 func TestEffectEndsWithItsLife(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e, h := newEffects(), &counter{}
-		e.begin(&call{serverID: "NA", clientID: 7}, h, 5*time.Second)
+		e.begin(&call{serverID: "NA", clientID: 7}, nil, h, 5*time.Second)
 		<-time.After(5*time.Second - time.Nanosecond)
 		synctest.Wait()
 		h.want(t, 0)
@@ -45,11 +45,11 @@ func TestEffectEndsWithItsLife(t *testing.T) {
 func TestEffectOfASecondConnectReplacesTheFirst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e, first, second := newEffects(), &counter{}, &counter{}
-		e.begin(&call{serverID: "NA", clientID: 7}, first, 2*time.Second)
+		e.begin(&call{serverID: "NA", clientID: 7}, nil, first, 2*time.Second)
 		<-time.After(time.Second)
-		e.begin(&call{serverID: "NA", clientID: 7}, second, 5*time.Second)
+		e.begin(&call{serverID: "NA", clientID: 7}, nil, second, 5*time.Second)
 		first.want(t, 1)
-		e.finish(effectKey{"NA", 7}, first) // its timer may have fired just before
+		e.expire(effectKey{"NA", 7}, &effect{hold: first}) // its timer may have fired just before
 		second.want(t, 0)
 		<-time.After(4 * time.Second) // the first one's time is over, the second one's is not
 		synctest.Wait()
@@ -65,14 +65,14 @@ func TestWaitEndsWithTheLastEffectOrItsPatience(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEffects()
 		e.wait(time.Hour) // nothing to wait for
-		e.begin(&call{serverID: "NA", clientID: 1}, &counter{}, 2*time.Second)
-		e.begin(&call{serverID: "NA", clientID: 2}, &counter{}, 4*time.Second)
+		e.begin(&call{serverID: "NA", clientID: 1}, nil, &counter{}, 2*time.Second)
+		e.begin(&call{serverID: "NA", clientID: 2}, nil, &counter{}, 4*time.Second)
 		began := time.Now()
 		e.wait(time.Hour)
 		if got := time.Since(began); got != 4*time.Second {
 			t.Errorf("waited %s, want 4s", got)
 		}
-		e.begin(&call{serverID: "NA", clientID: 3}, &counter{}, time.Hour)
+		e.begin(&call{serverID: "NA", clientID: 3}, nil, &counter{}, time.Hour)
 		began = time.Now()
 		e.wait(time.Second)
 		if got := time.Since(began); got != time.Second {

@@ -26,3 +26,36 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 	reg.MustRegister(m.requests, m.duration, m.queue, m.shed)
 	return m
 }
+
+// EnforceMetrics counts what an Enforcer does, with the same care for labels.
+type EnforceMetrics struct {
+	kicks    *prometheus.CounterVec
+	duration prometheus.Histogram
+	findings prometheus.Counter
+	unproven *prometheus.CounterVec
+	silent   prometheus.Gauge
+}
+
+// NewEnforceMetrics registers the metrics of an Enforcer.
+func NewEnforceMetrics(reg prometheus.Registerer) *EnforceMetrics {
+	m := &EnforceMetrics{
+		kicks: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "unibus_enforce_kicks_total", Help: "Connections asked to be closed, by why: narrowed, expired, connect, cap, sweep.",
+		}, []string{"why"}),
+		duration: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "unibus_enforce_kick_duration_seconds", Help: "Time from the request to close a connection to its answer.",
+			Buckets: []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1},
+		}),
+		findings: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "unibus_enforce_sweep_findings_total", Help: "Connections that should not have been and that only a sweep found. Should be 0.",
+		}),
+		unproven: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "unibus_enforce_unproven_total", Help: "Closings that were acknowledged without proof, by why.",
+		}, []string{"why"}),
+		silent: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "unibus_enforce_servers_silent", Help: "Servers that did not list their connections at the last sweep.",
+		}),
+	}
+	reg.MustRegister(m.kicks, m.duration, m.findings, m.unproven, m.silent)
+	return m
+}

@@ -12,10 +12,13 @@ func TestMetricsAreWellNamed(t *testing.T) {
 	reg := prometheus.NewRegistry()
 	m := NewMetrics(reg)
 	m.requests.WithLabelValues("deny", "unknown").Inc()
+	e := NewEnforceMetrics(reg)
+	e.kicks.WithLabelValues("cap").Inc()
+	e.unproven.WithLabelValues(kickSilent).Inc()
 	families, err := reg.Gather()
 	must(t, err)
-	if len(families) != 4 {
-		t.Errorf("%d metrics, want 4", len(families))
+	if len(families) != 9 {
+		t.Errorf("%d metrics, want 9", len(families))
 	}
 	problems, err := promlint.NewWithMetricFamilies(families).Lint()
 	must(t, err)
@@ -24,7 +27,7 @@ func TestMetricsAreWellNamed(t *testing.T) {
 	}
 	for _, f := range families {
 		labels(f, func(name string) {
-			if name != "result" && name != "reason" {
+			if name != "result" && name != "reason" && name != "why" {
 				t.Errorf("%s has a label %s: labels name no user, room or address", f.GetName(), name)
 			}
 		})

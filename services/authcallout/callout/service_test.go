@@ -328,13 +328,13 @@ func TestAnAdmissionHoldsUntilItsConnection(t *testing.T) {
 	g.connect(t)
 	g.wantAdmitted(t)
 	g.hold.want(t, 0)
-	g.service.Connected(g.server.pub, 7)
+	g.service.effects.end(g.server.pub, 7)
 	g.hold.want(t, 1)
 }
 
 func TestAReportThatOvertakesTheAnswerCounts(t *testing.T) {
 	g := newStage(t)
-	g.onReply = func() error { g.service.Connected(g.server.pub, 7); return nil }
+	g.onReply = func() error { g.service.effects.end(g.server.pub, 7); return nil }
 	g.connect(t)
 	g.wantAdmitted(t)
 	g.hold.want(t, 1)
@@ -523,7 +523,7 @@ func BenchmarkAnswer(b *testing.B) {
 	a := g.access(b, benchRooms...)
 	g.tells = func() (*kv.Access, error) { return a, nil }
 	j := g.job(g.parts(b).message(b))
-	j.respond = func([]byte) error { g.service.Connected(g.server.pub, 7); return nil }
+	j.respond = func([]byte) error { g.service.effects.end(g.server.pub, 7); return nil }
 	b.ReportAllocs()
 	defer reportCPU(b)()
 	for b.Loop() {

@@ -1,0 +1,189 @@
+package callout
+
+import (
+	"cmp"
+	"slices"
+	"time"
+
+	"unibus.internal/bus"
+	"unibus.internal/bus/kv"
+)
+
+// connections is the live table of account BUS. Servers tell of what opens and
+// closes, and lists of theirs correct it: an event may be lost, a killed server
+// sends none. It is guarded by its owner.
+type connections struct {
+	byID    map[connID]*connection
+	users   map[string]*session // by the nkey that servers show
+	byKey   map[bus.UserKey]*session
+	servers map[string]*server // by id: a new one at every start
+}
+
+// connID names a connection for ever: a server counts up, and never twice.
+type connID struct {
+	server *server
+	cid    uint64
+}
+
+// server is one start of one nats-server.
+type server struct {
+	id, node string
+	silent   bool // its last answer did not come
+}
+
+// connection is one open connection. Its rights are those of admitted until it
+// ends: a server asks nobody again.
+type connection struct {
+	id         connID
+	of         *session
+	start      time.Time // by the server's clock
+	host, name string
+	admitted   *kv.Access // what its rights were made from; nil if not known
+	unseen     bool       // it began out of our sight: judged by what changed since
+	seen       time.Time  // when an event or a list first told of it, by our clock
+	kick       *kick      // under way
+	unproven   bool       // a kick was not answered
+}
+
+// session is what is live of one user.
+type session struct {
+	nkey   string
+	key    bus.UserKey // zero if nkey is none
+	open   []*connection
+	judged *kv.Access  // what the newest judgement of all of open rested on
+	expiry *time.Timer // may be nil
+	capped time.Time   // when the cap was last enforced
+	queued bool        // for the cap
+}
+
+func newConnections() *connections {
+	return &connections{
+		byID: map[connID]*connection{}, users: map[string]*session{}, byKey: map[bus.UserKey]*session{}, servers: map[string]*server{},
+	}
+}
+
+// server returns the server of that id, known or new.
+func (t *connections) server(id, node []byte) *server {
+	s := t.servers[string(id)]
+	if s == nil {
+		s = &server{id: string(id), node: string(node)}
+		t.servers[s.id] = s
+	}
+	return s
+}
+
+// add enters a connection. The same one, reported again as somebody else's, has
+// authenticated anew: it replaces the old entry.
+func (t *connections) add(s *server, e sight, now time.Time) *connection {
+	id := connID{s, e.cid}
+	if old := t.byID[id]; old != nil {
+		t.remove(old)
+	}
+	u := t.users[string(e.user)]
+	if u == nil {
+		u = &session{nkey: string(e.user)}
+		if k, err := bus.ParseUserKey(u.nkey); err == nil {
+			u.key = k
+		}
+		t.users[u.nkey] = u
+		t.byKey[u.key] = u
+	}
+	c := &connection{id: id, of: u, start: e.start, host: string(e.host), name: bounded(e.name), seen: now}
+	t.byID[id] = c
+	u.open = append(u.open, c)
+	return c
+}
+
+// bounded keeps what a client chose to call itself short.
+func bounded(name []byte) string { return string(name[:min(len(name), 64)]) }
+
+func (t *connections) remove(c *connection) {
+	if t.byID[c.id] != c {
+		return
+	}
+	delete(t.byID, c.id)
+	u := c.of
+	if i := slices.Index(u.open, c); i >= 0 {
+		u.open[i] = u.open[len(u.open)-1]
+		u.open = u.open[:len(u.open)-1]
+	}
+	if len(u.open) == 0 {
+		delete(t.users, u.nkey)
+		if t.byKey[u.key] == u {
+			delete(t.byKey, u.key)
+		}
+		if u.expiry != nil {
+			u.expiry.Stop()
+		}
+	}
+}
+
+// excess lists the connections beyond the limit, oldest first: who opens too
+// many keeps the newest. Those of silent servers do not count, nobody knows
+// whether they exist, nor do those that are being closed.
+//
+// Several instances that each know only some of the connections still agree:
+// whatever one of them closes has that many newer ones beside it.
+func (u *session) excess(limit int) []*connection {
+	if len(u.open) <= limit {
+		return nil
+	}
+	live := make([]*connection, 0, len(u.open))
+	for _, c := range u.open {
+		if c.kick == nil && !c.id.server.silent {
+			live = append(live, c)
+		}
+	}
+	if len(live) <= limit {
+		return nil
+	}
+	slices.SortFunc(live, func(a, b *connection) int {
+		return cmp.Or(a.start.Compare(b.start), cmp.Compare(a.id.server.id, b.id.server.id), cmp.Compare(a.id.cid, b.id.cid))
+	})
+	return live[:len(live)-limit]
+}
+
+// listing collects the pages of one server's list, which is sorted by cid. The
+// list moves while it is read, so each page overlaps the one before: only if it
+// begins at or before the last connection seen is nothing skipped.
+type listing struct {
+	server, node string
+	rows         []sight
+	done         bool
+	overlap      int
+}
+
+const (
+	pageLimit   = 1024
+	pageOverlap = 32
+)
+
+// take adds a page and says at which offset to read on, unless done.
+func (l *listing) take(p page) (next int) {
+	switch {
+	case p.offset == 0:
+		l.rows, l.overlap = p.rows, pageOverlap
+	case len(l.rows) == 0:
+		return 0
+	default:
+		last := l.rows[len(l.rows)-1].cid
+		if len(p.rows) == 0 || p.rows[0].cid > last {
+			l.overlap *= 2
+			next = max(0, p.offset-l.overlap)
+			if next == 0 { // start over
+				l.rows = nil
+			}
+			return next
+		}
+		l.overlap = pageOverlap
+		for _, r := range p.rows {
+			if r.cid > last {
+				l.rows = append(l.rows, r)
+			}
+		}
+	}
+	if l.done = len(p.rows) < pageLimit; l.done {
+		return 0
+	}
+	return p.offset + len(p.rows) - pageOverlap
+}

@@ -1,0 +1,415 @@
+package callout
+
+import (
+	"context"
+	"encoding/json"
+	"maps"
+	"slices"
+	"time"
+
+	"unibus.internal/bus"
+	"unibus.internal/bus/guard"
+	"unibus.internal/bus/kv"
+)
+
+const (
+	// listSubject asks all servers at once (accounts.conf maps it to
+	// $SYS.REQ.SERVER.PING.CONNZ).
+	listSubject = "sys.connz"
+	// sweepEvery is how often all connections are compared with the View when
+	// nothing calls for it, sweepSpacing how often at most.
+	sweepEvery   = 30 * time.Second
+	sweepSpacing = time.Second
+	// deadlineOfMints is how long after a change a connection could still
+	// appear that was admitted before it.
+	deadlineOfMints = 2500 * time.Millisecond
+	sweepPatience   = 2 * time.Second
+	capPatience     = 250 * time.Millisecond
+	// late is the age at which a connection that no event has told of counts
+	// as missed by the events.
+	late = 3 * time.Second
+)
+
+// Run compares what the servers have with the View, now and then and whenever
+// something calls for it, until ctx ends.
+func (e *Enforcer) Run(ctx context.Context) {
+	capping := make(chan struct{})
+	go func() {
+		defer close(capping)
+		for {
+			select {
+			case u := <-e.capped:
+				e.enforceCap(ctx, u)
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	defer func() { <-capping }()
+	for {
+		e.mu.Lock()
+		wait := e.due.Sub(e.cfg.Now())
+		e.mu.Unlock()
+		timer := time.NewTimer(wait)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return
+		case <-e.wake:
+			timer.Stop()
+		case <-timer.C:
+			e.sweep(ctx)
+		}
+	}
+}
+
+// sweepBy asks for a sweep at that moment at the latest; it needs mu.
+func (e *Enforcer) sweepBy(t time.Time) {
+	if !e.due.IsZero() && !t.Before(e.due) {
+		return
+	}
+	e.due = t
+	select {
+	case e.wake <- struct{}{}:
+	default:
+	}
+}
+
+// sweep reads every server's list and closes what the View does not allow. With
+// events and kicks at work it finds nothing.
+func (e *Enforcer) sweep(ctx context.Context) {
+	e.mu.Lock()
+	e.due = e.cfg.Now().Add(sweepEvery)
+	e.mu.Unlock()
+	if guard.Off(guard.Sweep) {
+		return
+	}
+	e.learnPeers(ctx)
+	lists := e.ask(ctx, "", sweepPatience)
+	e.mu.Lock()
+	defer e.unlock()
+	e.take(lists, "")
+	e.noteSilent(lists.missing)
+	now := e.cfg.Now()
+	if len(lists.missing) > 0 || now.Before(e.until.Add(sweepSpacing)) {
+		e.sweepBy(now.Add(sweepSpacing))
+	}
+}
+
+// noteSilent keeps count of nodes that did not answer: what they hold is not
+// known, and that is no zero.
+func (e *Enforcer) noteSilent(missing []string) {
+	now := map[string]bool{}
+	for _, n := range missing {
+		if now[n] = true; !e.silent[n] {
+			e.run = append(e.run, func() { e.cfg.Log.Warn("a server does not list its connections", "server", n) })
+		}
+	}
+	for n := range e.silent {
+		if !now[n] {
+			e.run = append(e.run, func() { e.cfg.Log.Info("a server lists its connections again", "server", n) })
+		}
+	}
+	for _, s := range e.table.servers {
+		if now[s.node] {
+			s.silent = true
+		}
+	}
+	e.silent = now
+	e.cfg.Metrics.silent.Set(float64(len(now)))
+}
+
+// take enters what the servers have listed; it ends what ask began.
+func (e *Enforcer) take(l lists, only string) {
+	for _, list := range l.whole {
+		e.correct(list, l.began, only)
+	}
+	if e.reading--; e.reading == 0 {
+		e.gone = nil
+	}
+}
+
+// correct makes the table say what a server's list says, and closes what must
+// not be. The list is of all users, or of one.
+func (e *Enforcer) correct(l *listing, began time.Time, only string) {
+	s := e.table.server([]byte(l.server), []byte(l.node))
+	s.silent = false
+	for _, old := range e.table.servers {
+		if old.node == s.node && old != s { // the same node, started again
+			e.forget(old)
+		}
+	}
+	now := e.cfg.Now()
+	listed := make(map[uint64]bool, len(l.rows))
+	for _, row := range l.rows {
+		listed[row.cid] = true
+		id := connID{s, row.cid}
+		if e.gone[id] {
+			continue
+		}
+		c := e.table.byID[id]
+		if c != nil && c.of.nkey == string(row.user) {
+			e.found(c, now, true)
+			e.limit(c.of)
+			continue
+		}
+		c = e.table.add(s, row, now)
+		admitted, hold := e.cfg.Service.effects.take(s.id, row.cid)
+		c.admitted, c.unseen = admitted, admitted == nil
+		e.found(c, now, false)
+		if hold != nil {
+			e.settle(e.kicksOf(c), hold.Release)
+		}
+		e.limit(c.of)
+	}
+	for _, c := range e.openOn(s, only) {
+		if !listed[c.id.cid] && c.seen.Before(began) {
+			e.closed(c.id)
+		}
+	}
+}
+
+// found judges one listed connection. Whether anything was about to close it
+// tells a connection that events and kicks have missed from one beside a change.
+func (e *Enforcer) found(c *connection, now time.Time, known bool) {
+	if _, held := e.view.Lease(); !held || e.services[c.of.nkey] || c.kick != nil {
+		return
+	}
+	a, err := e.view.Access(c.of.key)
+	if err != nil {
+		a = nil
+	}
+	if !e.exceeds(c, a, now) {
+		e.judge(c.of, "narrowed")
+		return
+	}
+	missed := now.Sub(c.start) > late
+	if known {
+		expiring := a != nil && a.User.ExpiresAt != nil && now.Sub(*a.User.ExpiresAt) < sweepSpacing
+		missed = c.of.judged == a && !expiring && !c.unproven
+	}
+	if !missed {
+		e.kick(c, "narrowed")
+		return
+	}
+	e.kick(c, "sweep")
+	e.cfg.Metrics.findings.Inc()
+	args := []any{"key", shown(c.of.nkey), "server", c.id.server.node, "client", c.id.cid, "host", c.host}
+	e.run = append(e.run, func() { e.cfg.Log.Error("a sweep found a connection that must not be", args...) })
+}
+
+func (e *Enforcer) openOn(s *server, only string) (out []*connection) {
+	if only != "" {
+		if u := e.table.users[only]; u != nil {
+			for _, c := range u.open {
+				if c.id.server == s {
+					out = append(out, c)
+				}
+			}
+		}
+		return out
+	}
+	for id, c := range e.table.byID {
+		if id.server == s {
+			out = append(out, c)
+		}
+	}
+	return out
+}
+
+// forget drops a server that runs no more, with all it had.
+func (e *Enforcer) forget(s *server) {
+	for _, c := range e.openOn(s, "") {
+		e.closed(c.id)
+	}
+	delete(e.table.servers, s.id)
+}
+
+// lists are the answers of the servers to one question.
+type lists struct {
+	began   time.Time
+	whole   map[string]*listing // by server id: every page came
+	missing []string            // nodes that should have answered in full, and did not
+}
+
+func (l lists) has(s *server) bool { return l.whole[s.id] != nil }
+
+// listRequest is nats-server's ConnzEventOptions as far as we need them.
+type listRequest struct {
+	Auth       bool   `json:"auth"`
+	Account    string `json:"acc"`
+	User       string `json:"user,omitempty"`
+	Limit      int    `json:"limit"`
+	Offset     int    `json:"offset"`
+	ServerName string `json:"server_name,omitempty"`
+	Exact      bool   `json:"exact_match,omitempty"`
+}
+
+// ask has every server list the connections of account BUS, of all users or of
+// one. It waits for the nodes that hold the buckets and for those that have
+// answered before: one that says nothing is missing, not empty.
+func (e *Enforcer) ask(ctx context.Context, user string, patience time.Duration) lists {
+	out := lists{began: e.cfg.Now(), whole: map[string]*listing{}}
+	open := map[string]*listing{}
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	waiting := e.begin()
+	inbox := e.cfg.Control.NewInbox()
+	sub, err := e.cfg.Control.SubscribeSync(inbox)
+	if err != nil {
+		out.missing = waiting
+		return out
+	}
+	defer func() { _ = sub.Unsubscribe() }()
+	request := func(node string, offset int) {
+		body, _ := json.Marshal(listRequest{
+			Auth: true, Account: userAccount, User: user, Limit: pageLimit, Offset: offset, ServerName: node, Exact: node != "",
+		})
+		_ = e.cfg.Control.PublishRequest(listSubject, inbox, body) // unanswered, it is missing
+	}
+	request("", 0)
+	for len(waiting) > 0 || len(open) > 0 {
+		m, err := sub.NextMsgWithContext(ctx)
+		if err != nil || len(m.Data) == 0 { // no time left, or nobody there
+			break
+		}
+		p, ok := parsePage(m.Data)
+		if !ok || p.fault != "" {
+			continue
+		}
+		l := open[p.server]
+		if l == nil {
+			l = &listing{server: p.server, node: p.node}
+			open[p.server] = l
+		}
+		next := l.take(p)
+		if !l.done {
+			request(l.node, next)
+			continue
+		}
+		delete(open, p.server)
+		out.whole[p.server] = l
+		waiting = slices.DeleteFunc(waiting, func(n string) bool { return n == l.node })
+	}
+	for _, l := range open {
+		if !slices.Contains(waiting, l.node) {
+			waiting = append(waiting, l.node)
+		}
+	}
+	out.missing = waiting
+	return out
+}
+
+// begin lists the nodes whose word is needed, and has what closes from now on
+// remembered until take: a list may be older than the event.
+func (e *Enforcer) begin() []string {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.reading++; e.gone == nil {
+		e.gone = map[connID]bool{}
+	}
+	nodes := map[string]bool{}
+	for _, n := range e.peers {
+		nodes[n] = true
+	}
+	for _, s := range e.table.servers {
+		nodes[s.node] = true
+	}
+	return slices.Sorted(maps.Keys(nodes))
+}
+
+// learnPeers asks now and then which nodes hold the buckets: those must answer
+// even if nothing was ever heard of them.
+func (e *Enforcer) learnPeers(ctx context.Context) {
+	e.mu.Lock()
+	fresh := e.cfg.Now().Sub(e.asked) < sweepEvery-sweepSpacing
+	e.mu.Unlock()
+	if fresh {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, sweepPatience)
+	defer cancel()
+	peers, err := e.cfg.Peers(ctx)
+	if err != nil {
+		e.cfg.Log.Warn("which servers there are is not known anew", "err", err)
+		return
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.peers, e.asked = peers, e.cfg.Now()
+}
+
+// widen tells a user what they gained since they were last judged, and hints to
+// the clients of connections that know less: the next connect brings it. Only
+// one instance does so for each server.
+func (e *Enforcer) widen(u *session, before, a *kv.Access) {
+	if a == nil || before == nil || before == a || !decide(a, nil, e.cfg.Now()).allow {
+		return
+	}
+	told := false
+	for _, c := range u.open {
+		if c.kick != nil || c.admitted == nil || len(gains(c.admitted, a)) == 0 || !e.speaksFor(c.id.server.node) {
+			continue
+		}
+		if !told {
+			told = true
+			e.notify(u.key, before, a)
+		}
+		e.run = append(e.run, func() { e.hint(c) })
+	}
+}
+
+// speaksFor reports whether hints to connections of a node are this instance's
+// to give: its own node's, and as the first of all those of a node without one.
+func (e *Enforcer) speaksFor(node string) bool {
+	return node == e.cfg.Node || speaker(node, e.view.Holders()) == e.cfg.Node
+}
+
+// speaker is the node whose callout gives the hints of a node.
+func speaker(node string, holders []kv.Holder) string {
+	first := ""
+	for _, h := range holders {
+		if h.Service != "authcallout" {
+			continue
+		}
+		if h.Node == node {
+			return node
+		}
+		if first == "" || h.Node < first {
+			first = h.Node
+		}
+	}
+	return first
+}
+
+// hint lets one client know that it would do well to connect again.
+func (e *Enforcer) hint(c *connection) {
+	body, _ := json.Marshal(map[string]uint64{"cid": c.id.cid})
+	// Without a reply subject the server would not act.
+	if err := e.cfg.Control.PublishRequest("$SYS.REQ.SERVER."+c.id.server.id+".LDM", e.inbox+".0", body); err != nil {
+		e.cfg.Log.Warn("a hint was not sent", "err", err)
+	}
+}
+
+// notice is what a user is told of their own access, on notice.<U>.added. It is
+// a hint: it grants nothing, and nothing relies on its arrival.
+type notice struct {
+	V       int          `json:"v"`
+	Room    bus.RoomID   `json:"room"`
+	Role    bus.RoomRole `json:"role"`
+	Durable bool         `json:"durable"`
+}
+
+func (e *Enforcer) notify(k bus.UserKey, before, a *kv.Access) {
+	if e.cfg.Notices == nil {
+		return
+	}
+	for _, g := range gains(before, a) {
+		body, _ := json.Marshal(notice{V: 1, Room: g.Room, Role: g.Role, Durable: g.Durable})
+		e.run = append(e.run, func() {
+			if err := e.cfg.Notices.Publish(bus.NoticeSubject(k, bus.NoticeAdded), body); err != nil {
+				e.cfg.Log.Warn("a notice was not sent", "err", err)
+			}
+		})
+	}
+}

@@ -1,0 +1,565 @@
+package test
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"unibus.internal/bus"
+	"unibus.internal/bus/kv"
+	"unibus.internal/test/cluster"
+	"unibus.internal/test/wire"
+)
+
+// live is what the servers say is open of one user: node and connection id.
+// Every node must answer.
+func (w *world) live(sys *nats.Conn, p *person) []string {
+	w.t.Helper()
+	inbox := sys.NewInbox()
+	sub, err := sys.SubscribeSync(inbox)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	defer func() { _ = sub.Unsubscribe() }()
+	body := fmt.Sprintf(`{"auth":true,"acc":"BUS","user":%q}`, p.key.NKey())
+	if err := sys.PublishRequest("$SYS.REQ.SERVER.PING.CONNZ", inbox, []byte(body)); err != nil {
+		w.t.Fatal(err)
+	}
+	var out []string
+	for range w.Nodes() {
+		m, err := sub.NextMsg(3 * time.Second)
+		if err != nil {
+			w.t.Fatalf("not every server answers: %v", err)
+		}
+		var answer struct {
+			Server struct {
+				Name string `json:"name"`
+			} `json:"server"`
+			Data struct {
+				Connections []struct {
+					CID uint64 `json:"cid"`
+				} `json:"connections"`
+			} `json:"data"`
+		}
+		if err := json.Unmarshal(m.Data, &answer); err != nil {
+			w.t.Fatal(err)
+		}
+		for _, c := range answer.Data.Connections {
+			out = append(out, fmt.Sprintf("%s/%d", answer.Server.Name, c.CID))
+		}
+	}
+	slices.Sort(out)
+	return out
+}
+
+// metric sums one metric over all callouts that answer, and over its labels.
+func (w *world) metric(name string) (sum float64) {
+	w.t.Helper()
+	for _, i := range w.Nodes() {
+		resp, err := http.Get(w.AdminURL(i, cluster.Authcallout) + "/metrics")
+		if err != nil {
+			continue
+		}
+		body, err := io.ReadAll(resp.Body)
+		_ = resp.Body.Close()
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		for line := range strings.Lines(string(body)) {
+			var v float64
+			if rest, ok := strings.CutPrefix(line, name); ok && (rest[0] == ' ' || rest[0] == '{') {
+				if _, err := fmt.Sscan(rest[strings.LastIndexByte(rest, ' ')+1:], &v); err != nil {
+					w.t.Fatalf("%s: %v", line, err)
+				}
+				sum += v
+			}
+		}
+	}
+	return sum
+}
+
+// foundNothing wants that no sweep has found what events and kicks missed.
+func (w *world) foundNothing() {
+	w.t.Helper()
+	if n := w.metric("unibus_enforce_sweep_findings_total"); n != 0 {
+		w.t.Errorf("sweeps found %v connections that should have been closed before", n)
+	}
+}
+
+// closedOf counts which connections have been closed by their server.
+func closedOf(cs []*wire.Conn) (closed []int) {
+	for i, c := range cs {
+		if c.Flush() != nil {
+			closed = append(closed, i)
+		}
+	}
+	return closed
+}
+
+// TestEnforceCap: a user who opens 60 connections keeps the newest 50, whatever
+// nodes they are on, and nobody else loses one.
+func TestEnforceCap(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, cluster.Options{})
+	greedy, other := w.addUser("greedy"), w.addUser("other")
+	sys := w.Sys()
+	var mine, theirs []*wire.Conn
+	for n := range 6 {
+		theirs = append(theirs, w.connectRaw(n%3+1, other))
+	}
+	for n := range 60 {
+		mine = append(mine, w.connectRaw(n%3+1, greedy))
+	}
+	cluster.WaitFor(t, 10*time.Second, "fifty connections", func() error {
+		if n := len(w.live(sys, greedy)); n != 50 {
+			return fmt.Errorf("%d are open", n)
+		}
+		return nil
+	})
+	if got := closedOf(mine); !slices.Equal(got, []int{0, 1, 2, 3, 4, 5, 6, 7, 8, 9}) {
+		t.Errorf("closed are %v, want the ten oldest", got)
+	}
+	cluster.Hold(t, 2*time.Second, "the rest stays", func() error {
+		if n := len(closedOf(mine)); n != 10 {
+			return fmt.Errorf("%d are closed", n)
+		}
+		return nil
+	})
+	if got := closedOf(theirs); len(got) > 0 {
+		t.Errorf("another user lost %v", got)
+	}
+	w.foundNothing()
+}
+
+// closedWithin is how long after a change has returned a connection that it
+// ends may still be there.
+const closedWithin = time.Second
+
+// wantClosed waits until every connection has been closed by its server.
+func wantClosed(t *testing.T, cs ...*wire.Conn) {
+	t.Helper()
+	began := time.Now()
+	for i, c := range cs {
+		for c.Flush() == nil {
+			if time.Since(began) > closedWithin {
+				t.Fatalf("connection %d is alive %s after the change returned", i, closedWithin)
+			}
+		}
+	}
+	t.Logf("closed %s after the change returned", time.Since(began).Round(time.Microsecond))
+}
+
+func wantOpen(t *testing.T, cs ...*wire.Conn) {
+	t.Helper()
+	for i, c := range cs {
+		if err := c.Flush(); err != nil {
+			t.Errorf("connection %d of somebody else: %v", i, err)
+		}
+	}
+}
+
+// rawEverywhere opens one connection by hand to each node.
+func (w *world) rawEverywhere(p *person) (out []*wire.Conn) {
+	for _, i := range w.Nodes() {
+		out = append(out, w.connectRaw(i, p))
+	}
+	return out
+}
+
+// TestEnforce changes the access of people who are connected.
+func TestEnforce(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, cluster.Options{})
+	e := &enforced{world: w, sys: w.Sys(), speaker: w.addUser("speaker")}
+	w.addRoom("ops", e.speaker, kv.RoomOptions{})
+	w.addRoom("dev", e.speaker, kv.RoomOptions{})
+	e.bystanders = w.rawEverywhere(e.speaker)
+	t.Run("revoke", e.revoke)
+	t.Run("removal", e.removal)
+	t.Run("role down", e.roleDown)
+	t.Run("add", e.add)
+	wantOpen(t, e.bystanders...)
+	w.foundNothing()
+	if n := w.metric("unibus_enforce_unproven_total"); n != 0 {
+		t.Errorf("%v closings were not proven", n)
+	}
+}
+
+type enforced struct {
+	*world
+	sys        *nats.Conn
+	speaker    *person // owner of every room
+	bystanders []*wire.Conn
+}
+
+// cli runs a change and wants it to succeed.
+func (e *enforced) cli(t *testing.T, args ...string) {
+	t.Helper()
+	if r := e.In(t).CLI(append([]string{"--direct"}, args...)...); r.Code != 0 {
+		t.Fatalf("unibusctl %v: exit %d: %s", args, r.Code, r.Stderr)
+	}
+}
+
+// listener is a default nats.go client of one user, and what happened to it.
+type listener struct {
+	*nats.Conn
+	heard   chan *nats.Msg
+	refused chan error
+	hints   chan struct{}
+}
+
+func (e *enforced) listen(t *testing.T, node int, p *person, subjects ...string) *listener {
+	t.Helper()
+	l := &listener{heard: make(chan *nats.Msg, 1000), refused: make(chan error, 100), hints: make(chan struct{}, 100)}
+	opts := append(p.options(e.CA()), nats.MaxReconnects(-1), nats.ReconnectWait(100*time.Millisecond),
+		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { l.refused <- err }),
+		nats.LameDuckModeHandler(func(*nats.Conn) { l.hints <- struct{}{} }))
+	nc, err := e.In(t).Dial(node, opts...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Conn = nc
+	for _, s := range subjects {
+		if _, err := nc.ChanSubscribe(s, l.heard); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := nc.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+// say publishes into a room as its owner.
+func (e *enforced) say(t *testing.T, room, text string) {
+	t.Helper()
+	if err := e.bystanders[0].Pub("room."+room+"."+e.speaker.key.NKey()+".x", "", text); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// hears waits until a listener hears what is said in a room: interest travels
+// over routes.
+func (e *enforced) hears(t *testing.T, l *listener, room string) {
+	t.Helper()
+	cluster.WaitFor(t, 5*time.Second, "interest to reach the other node", func() error {
+		e.say(t, room, "hello")
+		select {
+		case m := <-l.heard:
+			if strings.HasPrefix(m.Subject, "room."+room+".") {
+				return nil
+			}
+		case <-time.After(50 * time.Millisecond):
+		}
+		return fmt.Errorf("nothing heard in %s", room)
+	})
+}
+
+// await returns the next message for which want is true.
+func (l *listener) await(t *testing.T, d time.Duration, what string, want func(*nats.Msg) bool) *nats.Msg {
+	t.Helper()
+	late := time.After(d)
+	for {
+		select {
+		case m := <-l.heard:
+			if want(m) {
+				return m
+			}
+		case <-late:
+			t.Fatalf("%s: nothing heard in %s", what, d)
+		}
+	}
+}
+
+// revoke closes what a user has open on every node by the time the command has
+// returned, and for good.
+func (e *enforced) revoke(t *testing.T) {
+	p := e.addUser("revoked")
+	raw := e.rawEverywhere(p)
+	var clients []*listener
+	for _, i := range e.Nodes() {
+		clients = append(clients, e.listen(t, i, p))
+	}
+	if got := e.live(e.sys, p); len(got) != 6 {
+		t.Fatalf("open are %v", got)
+	}
+	e.cli(t, "user", "revoke", "revoked", "--yes")
+	wantClosed(t, raw...)
+	cluster.Hold(t, 3*time.Second, "nothing of theirs is open", func() error {
+		if got := e.live(e.sys, p); len(got) > 0 {
+			return fmt.Errorf("open are %v", got)
+		}
+		for i, v := range e.everywhere(p) {
+			if v == admitted {
+				return fmt.Errorf("n%d admits", i+1)
+			}
+		}
+		return nil
+	})
+	for _, c := range clients {
+		if c.IsConnected() {
+			t.Error("a client believes that it is connected")
+		}
+	}
+}
+
+// removal from one of two rooms closes; the client comes back by itself, keeps
+// the other room and is refused the one it lost.
+func (e *enforced) removal(t *testing.T) {
+	p := e.addUser("removed")
+	e.join("ops", p, bus.Writer)
+	e.join("dev", p, bus.Writer)
+	raw := e.rawEverywhere(p)
+	l := e.listen(t, 2, p, "room.ops.>", "room.dev.>")
+	say := func(room, text string) { e.say(t, room, text) }
+	e.hears(t, l, "dev")
+	e.hears(t, l, "ops")
+	e.cli(t, "room", "remove", "dev", "removed")
+	wantClosed(t, raw...)
+	select {
+	case err := <-l.refused:
+		if !strings.Contains(err.Error(), `"room.dev.>"`) {
+			t.Errorf("refused: %v", err)
+		}
+	case <-time.After(5 * time.Second):
+		t.Fatal("the subscription to the room is not refused again")
+	}
+	cluster.WaitFor(t, 5*time.Second, "the other room to be heard", func() error {
+		say("dev", "after")
+		say("ops", "after")
+		select {
+		case m := <-l.heard:
+			if string(m.Data) != "after" {
+				return fmt.Errorf("heard %q", m.Data)
+			}
+			if !strings.HasPrefix(m.Subject, "room.ops.") {
+				t.Fatalf("heard %s after the removal", m.Subject)
+			}
+			return nil
+		case <-time.After(100 * time.Millisecond):
+			return fmt.Errorf("nothing heard")
+		}
+	})
+	if n := l.Stats().Reconnects; n < 1 || n > 3 {
+		t.Errorf("reconnected %d times", n)
+	}
+}
+
+// roleDown takes the right to publish away at once; up it disturbs nobody.
+func (e *enforced) roleDown(t *testing.T) {
+	p := e.addUser("demoted")
+	e.join("ops", p, bus.Reader)
+	reader := e.connectRaw(1, p)
+	e.join("ops", p, bus.Writer)
+	wantOpen(t, reader)
+	writer := e.connectRaw(3, p)
+	e.cli(t, "room", "add", "ops", "demoted", "--role", "owner")
+	wantOpen(t, reader, writer)
+	e.cli(t, "room", "add", "ops", "demoted", "--role", "reader")
+	wantClosed(t, writer)
+	wantOpen(t, reader) // it never had more than it has now
+}
+
+// add to a room drops nothing: the same connection goes on without losing a
+// message, and its user is told once.
+func (e *enforced) add(t *testing.T) {
+	p := e.addUser("added")
+	e.join("ops", p, bus.Writer)
+	l := e.listen(t, 3, p, "room.ops.>", bus.NoticeSubscribe(p.key))
+	before := e.live(e.sys, p)
+	const messages = 300
+	e.hears(t, l, "ops")
+	for n := range messages {
+		if n == messages/3 {
+			go e.join("dev", p, bus.Reader)
+		}
+		if err := e.bystanders[0].Pub("room.ops."+e.speaker.key.NKey()+".n", "", fmt.Sprint(n)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	next, told := 0, 0
+	for next < messages || told == 0 {
+		m := l.await(t, 5*time.Second, "a message or a notice", func(m *nats.Msg) bool { return !strings.HasSuffix(m.Subject, ".x") })
+		if m.Subject == bus.NoticeSubject(p.key, bus.NoticeAdded) {
+			if told++; string(m.Data) != `{"v":1,"room":"dev","role":"reader","durable":false}` {
+				t.Errorf("the notice says %s", m.Data)
+			}
+			continue
+		}
+		if string(m.Data) != fmt.Sprint(next) {
+			t.Fatalf("heard %s, want %d: a message was lost", m.Data, next)
+		}
+		next++
+	}
+	select {
+	case <-l.hints:
+	case <-time.After(3 * time.Second):
+		t.Error("no hint to connect again")
+	}
+	cluster.Hold(t, 1500*time.Millisecond, "the same connection goes on", func() error {
+		if after := e.live(e.sys, p); !slices.Equal(after, before) {
+			return fmt.Errorf("open are %v, were %v", after, before)
+		}
+		if len(l.hints) > 0 || len(l.heard) > 0 {
+			return fmt.Errorf("told %d times more, hinted %d", len(l.heard), len(l.hints))
+		}
+		return nil
+	})
+	if err := l.ForceReconnect(); err != nil { // what a client that heeds the hint does
+		t.Fatal(err)
+	}
+	cluster.WaitFor(t, 5*time.Second, "the new room to be usable", func() error {
+		if !l.IsConnected() {
+			return fmt.Errorf("not connected")
+		}
+		sub, err := l.SubscribeSync("room.dev.>")
+		if err != nil {
+			return err
+		}
+		defer func() { _ = sub.Unsubscribe() }()
+		if err := l.Flush(); err != nil {
+			return err
+		}
+		if len(l.refused) > 0 {
+			return <-l.refused
+		}
+		return nil
+	})
+}
+
+// TestEnforceRace lets 300 connections of one user open while that user is
+// revoked and the callouts answer slowly: a second after the revoke returned
+// none lives, and no sweep was needed for that.
+func TestEnforceRace(t *testing.T) {
+	t.Parallel()
+	const racers = 300
+	w := newWorld(t, cluster.Options{Controls: true, Env: map[cluster.Service]map[string]string{
+		cluster.Authcallout: {"UNIBUS_DELAY_REPLY": "20ms", "UNIBUS_USER_CONNECTIONS": "1000"},
+	}})
+	p := w.addUser("racer")
+	conns := make([]*wire.Conn, racers)
+	var dialled sync.WaitGroup
+	for n := range conns {
+		dialled.Go(func() {
+			c, err := wire.Dial(w.NATSURL(n%3+1), w.trust, 15*time.Second)
+			if err != nil {
+				t.Errorf("dial: %v", err)
+				return
+			}
+			t.Cleanup(c.Close)
+			conns[n] = c
+		})
+	}
+	dialled.Wait()
+	if t.Failed() {
+		return
+	}
+	var racing sync.WaitGroup
+	var in atomic.Int32
+	begun := make(chan struct{}, racers)
+	for _, c := range conns {
+		racing.Go(func() {
+			begun <- struct{}{}
+			if c.Connect(wire.Proof(p.kp, c.Info.Nonce)) == nil {
+				in.Add(1)
+			}
+		})
+	}
+	cluster.WaitFor(t, 10*time.Second, "some to be in", func() error {
+		if in.Load() < 5 {
+			return fmt.Errorf("%d are", in.Load())
+		}
+		return nil
+	})
+	if _, err := w.store.RevokeUser(t.Context(), p.key); err != nil {
+		t.Fatal(err)
+	}
+	returned := time.Now()
+	inAtReturn := in.Load()
+	sys := w.Sys()
+	for open := w.live(sys, p); len(open) > 0; open = w.live(sys, p) {
+		if time.Since(returned) > closedWithin {
+			t.Fatalf("%d connections live %s after the revoke returned", len(open), closedWithin)
+		}
+	}
+	t.Logf("%d of %d were in when the revoke returned; none lived %s later", inAtReturn, racers, time.Since(returned).Round(time.Millisecond))
+	racing.Wait()
+	cluster.Hold(t, 3*time.Second, "none comes back", func() error {
+		if open := w.live(sys, p); len(open) > 0 {
+			return fmt.Errorf("open are %v", open)
+		}
+		return nil
+	})
+	w.foundNothing()
+}
+
+// TestEnforceAcrossRestarts: what was taken away while no callout ran, and an
+// expiry that was recorded before all of them were started again, end the
+// connections that began before; others live through it.
+func TestEnforceAcrossRestarts(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, cluster.Options{Lease: time.Second})
+	owner, removed, expiring := w.addUser("owner"), w.addUser("removed"), w.addUser("expiring")
+	w.addRoom("ops", owner, kv.RoomOptions{})
+	w.join("ops", removed, bus.Writer)
+	kept := append(w.rawEverywhere(owner), w.rawEverywhere(w.admin)...)
+	lost, timed := w.rawEverywhere(removed), w.rawEverywhere(expiring)
+	for _, i := range w.Nodes() {
+		w.Kill(i, cluster.Authcallout)
+	}
+	if _, err := w.store.RemoveMember(t.Context(), "ops", removed.key); err != nil {
+		t.Fatal(err)
+	}
+	wantOpen(t, lost...) // nobody is there to close them: the limit that the threat model states
+	expiry := time.Now().Add(15 * time.Second)
+	w.expire(expiring, expiry)
+	for _, i := range w.Nodes() {
+		w.StartNode(i, cluster.Authcallout)
+	}
+	w.WaitHealthy(30 * time.Second)
+	wantClosed(t, lost...)
+	if time.Now().After(expiry.Add(-time.Second)) {
+		t.Fatal("the restart took longer than the expiry")
+	}
+	cluster.Hold(t, time.Until(expiry)-500*time.Millisecond, "the connections live until they expire", func() error {
+		if closed := closedOf(timed); len(closed) > 0 {
+			return fmt.Errorf("closed are %v, %s before", closed, time.Until(expiry))
+		}
+		return nil
+	})
+	hold(t.Context(), time.Until(expiry))
+	wantClosed(t, timed...)
+	wantOpen(t, kept...)
+}
+
+// expire records an expiry, which no command sets yet.
+func (w *world) expire(p *person, at time.Time) {
+	w.t.Helper()
+	u, rev, ok := w.view.User(p.key)
+	if !ok {
+		w.t.Fatalf("no record of %s", p.name)
+	}
+	u.ExpiresAt = &at
+	value, err := json.Marshal(u)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	js, err := jetstream.New(w.Ops())
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	m := &nats.Msg{Subject: "$KV." + kv.Users + "." + p.key.Hex(), Data: value}
+	if _, err := js.PublishMsg(w.t.Context(), m, jetstream.WithExpectLastSequencePerSubject(rev)); err != nil {
+		w.t.Fatal(err)
+	}
+}
