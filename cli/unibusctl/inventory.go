@@ -19,6 +19,7 @@ import (
 //	UNIBUS_CLUSTER=unibus
 //	ROUTE_NETWORK=private          # routes run over public or private addresses
 //	NATS_PORT=4250 API_PORT=8470   # optional; these are the defaults
+//	API_AUTHORITIES=bus.corp.net   # optional; HOST or HOST:PORT of load balancers, a comma list
 //	NODE_1="n1 ssh=root@host1 public=198.18.0.1 private=10.0.0.1"
 //	NODE_2="n2 ssh=root@host2 public=198.18.0.2 private=10.0.0.2 nats=4251"
 type inventory struct {
@@ -26,6 +27,8 @@ type inventory struct {
 	cluster      string // the NATS cluster's name
 	routeNetwork string // "public" or "private"
 	nodes        []node // by the number in NODE_<number>
+
+	apiAuthorities []string // of load balancers: HOST, or HOST:PORT if not 443
 }
 
 // node is one machine of the cluster, or one of several on a single machine
@@ -193,6 +196,9 @@ func (p *inventoryParser) assign(a assignment) error {
 		p.inv.routeNetwork = a.value
 		return nil
 	}
+	if a.key == "API_AUTHORITIES" {
+		return p.setAuthorities(a)
+	}
 	named := p.defaults.named()
 	name, isPort := strings.CutSuffix(a.key, "_PORT")
 	target := named[strings.ToLower(name)]
@@ -203,7 +209,7 @@ func (p *inventoryParser) assign(a assignment) error {
 }
 
 func (p *inventoryParser) unknownKey(a assignment, named map[string]*int) error {
-	keys := []string{"UNIBUS_CLUSTER", "ROUTE_NETWORK", "NODE_1"}
+	keys := []string{"UNIBUS_CLUSTER", "ROUTE_NETWORK", "NODE_1", "API_AUTHORITIES"}
 	for name := range named {
 		keys = append(keys, strings.ToUpper(name)+"_PORT")
 	}
@@ -212,6 +218,26 @@ func (p *inventoryParser) unknownKey(a assignment, named map[string]*int) error 
 		return p.errorf(a.line, "unknown key %s%s", a.key, near)
 	}
 	return p.errorf(a.line, "unknown key %s: expected NODE_<number> or one of %s", a.key, strings.Join(keys, ", "))
+}
+
+// setAuthorities reads the names of load balancers. Clients leave the default
+// port out of what they sign, so it is left out here too.
+func (p *inventoryParser) setAuthorities(a assignment) error {
+	for name := range strings.SplitSeq(a.value, ",") {
+		host, port, given := strings.Cut(name, ":")
+		n, err := strconv.Atoi(port)
+		if given && (err != nil || n < 1 || n > 65535) {
+			return p.errorf(a.line, "API_AUTHORITIES: %q is not HOST or HOST:PORT", name)
+		}
+		if placeholder.MatchString(host) {
+			return p.errorf(a.line, "API_AUTHORITIES: %q is a placeholder: write the real name", host)
+		}
+		if err := checkAddress(host); err != nil {
+			return p.errorf(a.line, "API_AUTHORITIES: %q %w", host, err)
+		}
+		p.inv.apiAuthorities = append(p.inv.apiAuthorities, strings.ToLower(strings.TrimSuffix(name, ":443")))
+	}
+	return nil
 }
 
 func (p *inventoryParser) setPort(line int, key, value string, target *int) error {

@@ -12,7 +12,7 @@ import (
 const goodInventory = `# three nodes
 UNIBUS_CLUSTER=unibus
 ROUTE_NETWORK=private   # routes stay inside
-NATS_PORT=4300 API_PORT=8500
+NATS_PORT=4300 API_PORT=8500 API_AUTHORITIES=Bus.corp.net:443,10.0.0.9:9443
 NODE_2="n2 ssh=root@h2 public=198.18.0.2 private=10.0.0.2 nats=4251"
 NODE_1='n1 ssh=root@h1 public=198.18.0.1 private=10.0.0.1'
 NODE_10="n10 public=node10.bus.internal private=fd00::10"
@@ -49,6 +49,10 @@ func TestInventory(t *testing.T) {
 	if inv.nodes[2].name != "n10" {
 		t.Errorf("node 10 is not after node 2: %+v", inv.nodes)
 	}
+	got := strings.Join(authorities(inv, n), " ")
+	if want := "198.18.0.2:8500 10.0.0.2:8500 127.0.0.1:8500 localhost:8500 [::1]:8500 bus.corp.net 10.0.0.9:9443"; got != want {
+		t.Errorf("authorities %s, want %s", got, want)
+	}
 	if _, err := inv.node("n3"); bus.CodeOf(err) != bus.NotFound {
 		t.Errorf("n3: %v", err)
 	}
@@ -79,6 +83,9 @@ func TestRefusedInventories(t *testing.T) {
 		{"UNIBUS_CLUSTER=u; reboot\n", ":1: "},
 		{"UNIBUS_CLUSTER=`id`\n", ":1: "},
 		{"NATS_PORT=70000\n", ":1: NATS_PORT=70000 is not a port"},
+		{"API_AUTHORITIES=bus.example.com\n", ":1: "},
+		{"API_AUTHORITIES=bus.corp.net:https\n", ":1: API_AUTHORITIES: "},
+		{"API_AUTHORITIES=bus.corp.net,\n", ":1: API_AUTHORITIES: "},
 		{row("n1 public=CHANGE_ME private=10.0.0.1"), ":3: n1: public=CHANGE_ME is a placeholder"},
 		{row("n1 public=<ADDR> private=10.0.0.1"), ":3: n1: public=<ADDR> is a placeholder"},
 		{row("n1 public=n1.example.com private=10.0.0.1"), ":3: n1: public=n1.example.com is a placeholder"},

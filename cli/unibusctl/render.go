@@ -179,6 +179,7 @@ type nodeConfig struct {
 	Listen, RouteListen, APIListen string   // host:port
 	Routes                         []string // host:port of the other nodes
 	NATSURLs, APIURLs              string   // comma lists, the own node first
+	Authorities                    string   // comma list of what clients may call this node's API
 	Ports                          configPorts
 
 	Key           map[string]string // public keys by name
@@ -234,6 +235,7 @@ func newNodeConfig(inv *inventory, n node, s *secrets, etc, state string) nodeCo
 		natsURLs = append(natsURLs, "tls://"+hostPort(other.public, other.ports.nats))
 		apiURLs = append(apiURLs, "https://"+hostPort(other.public, other.ports.api))
 	}
+	c.Authorities = strings.Join(authorities(inv, n), ",")
 	c.NATSURLs, c.APIURLs = strings.Join(natsURLs, ","), strings.Join(apiURLs, ",")
 	for _, k := range keyFiles {
 		if k.name != "issuer" && k.name != "xkey" {
@@ -247,6 +249,24 @@ func newNodeConfig(inv *inventory, n node, s *secrets, etc, state string) nodeCo
 		}
 	}
 	return c
+}
+
+// authorities are the names under which requests to a node's API may be signed:
+// its addresses, loopback, and what the load balancers in front of it are
+// called. A request for one node is refused by the others.
+func authorities(inv *inventory, n node) []string {
+	var out []string
+	for _, host := range append(n.addresses(), "127.0.0.1", "localhost", "::1") {
+		if a := hostPort(host, n.ports.api); !slices.Contains(out, a) {
+			out = append(out, a)
+		}
+	}
+	for _, a := range inv.apiAuthorities {
+		if !slices.Contains(out, a) {
+			out = append(out, a)
+		}
+	}
+	return out
 }
 
 func hostPort(host string, port int) string { return net.JoinHostPort(host, strconv.Itoa(port)) }
