@@ -1,6 +1,6 @@
-// Command unibus-membership serves /healthz to load balancers and keeps the
-// buckets of the cluster in order. It runs on every node, holds no state and
-// may die at any time.
+// Command unibus-membership serves the API of a node: /healthz to load
+// balancers, /v1 to users and admins. It keeps the buckets of the cluster in
+// order. It runs on every node, holds no state and may die at any time.
 //
 // Exit codes are those of sysexits(3), which systemd prints by name: 0 stopped,
 // 69 cannot bind, 78 wrong configuration (do not restart).
@@ -17,10 +17,14 @@ import (
 	"net"
 	"net/http"
 	"net/http/pprof"
+	"net/netip"
+	"net/url"
 	"os"
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -53,6 +57,10 @@ type config struct {
 	listen, adminListen      string
 	cert, key                string
 	lease, drainDelay        time.Duration
+	authorities              []string
+	proxies                  []netip.Prefix
+	rateKey, rateAddress     api.Rate
+	maxRequests              int
 	check                    bool
 }
 
@@ -77,6 +85,12 @@ func parseConfig(args []string, getenv func(string) string, stderr io.Writer) (c
 	fs.StringVar(&c.key, "api-key", env("UNIBUS_API_KEY", "/etc/unibus/tls/api.key"), "its key file ($UNIBUS_API_KEY)")
 	fs.StringVar(&lease, "lease", env("UNIBUS_LEASE", "10s"), "how long a barrier allows decisions, 1s to 10s ($UNIBUS_LEASE)")
 	fs.StringVar(&drain, "drain-delay", env("UNIBUS_DRAIN_DELAY", "10s"), "how long to say 503 before stopping ($UNIBUS_DRAIN_DELAY)")
+	var authorities, proxies, rateKey, rateAddress, maxRequests string
+	fs.StringVar(&authorities, "authorities", env("UNIBUS_AUTHORITIES", ""), "comma list of host:port under which clients reach this node, load balancers included; default: loopback ($UNIBUS_AUTHORITIES)")
+	fs.StringVar(&proxies, "trusted-proxies", env("UNIBUS_TRUSTED_PROXIES", ""), "comma list of addresses or networks whose X-Forwarded-For is believed for rate limits and audit ($UNIBUS_TRUSTED_PROXIES)")
+	fs.StringVar(&rateKey, "rate-key", env("UNIBUS_RATE_KEY", "50:200"), "requests of one user, PER_SECOND:BURST ($UNIBUS_RATE_KEY)")
+	fs.StringVar(&rateAddress, "rate-address", env("UNIBUS_RATE_ADDRESS", "200:800"), "requests of one address, PER_SECOND:BURST ($UNIBUS_RATE_ADDRESS)")
+	fs.StringVar(&maxRequests, "max-requests", env("UNIBUS_MAX_REQUESTS", "256"), "signed requests in flight at most ($UNIBUS_MAX_REQUESTS)")
 	fs.BoolVar(&c.check, "check", false, "check the configuration and exit")
 	if err := fs.Parse(args); err != nil {
 		return c, err
@@ -95,7 +109,68 @@ func parseConfig(args []string, getenv func(string) string, stderr io.Writer) (c
 	case c.node == "":
 		return c, errors.New("the node has no name; set UNIBUS_NODE")
 	}
+	if err := c.limits(authorities, proxies, rateKey, rateAddress, maxRequests); err != nil {
+		return c, err
+	}
 	return c, onLoopback(c.adminListen)
+}
+
+// limits reads who may ask, how often, and by which names.
+func (c *config) limits(authorities, proxies, rateKey, rateAddress, maxRequests string) (err error) {
+	if c.authorities, err = parseAuthorities(authorities, c.listen); err != nil {
+		return err
+	}
+	for _, text := range list(proxies) {
+		p, err := netip.ParsePrefix(text)
+		if a, notNetwork := netip.ParseAddr(text); notNetwork == nil {
+			p, err = netip.PrefixFrom(a, a.BitLen()), nil
+		}
+		if err != nil {
+			return fmt.Errorf("trusted proxy %q is neither an address nor a network", text)
+		}
+		c.proxies = append(c.proxies, p.Masked())
+	}
+	if c.rateKey, err = api.ParseRate(rateKey); err != nil {
+		return err
+	}
+	if c.rateAddress, err = api.ParseRate(rateAddress); err != nil {
+		return err
+	}
+	if c.maxRequests, err = strconv.Atoi(maxRequests); err != nil || c.maxRequests < 1 || c.maxRequests > 1<<16 {
+		return fmt.Errorf("max requests %q is not 1 to 65536", maxRequests)
+	}
+	return nil
+}
+
+func list(s string) []string {
+	var out []string
+	for part := range strings.SplitSeq(s, ",") {
+		if part = strings.TrimSpace(part); part != "" {
+			out = append(out, part)
+		}
+	}
+	return out
+}
+
+// parseAuthorities reads the names that a signature may be for. Clients leave
+// out the default port, so it is left out here too.
+func parseAuthorities(s, listen string) ([]string, error) {
+	names := list(s)
+	if len(names) == 0 {
+		_, port, err := net.SplitHostPort(listen)
+		if err != nil {
+			return nil, fmt.Errorf("listen address %q is not HOST:PORT", listen)
+		}
+		names = []string{net.JoinHostPort("127.0.0.1", port), net.JoinHostPort("localhost", port), net.JoinHostPort("::1", port)}
+	}
+	for i, name := range names {
+		u, err := url.Parse("https://" + name)
+		if err != nil || u.Host != name || u.Hostname() == "" {
+			return nil, fmt.Errorf("authority %q is not HOST or HOST:PORT", name)
+		}
+		names[i] = strings.ToLower(strings.TrimSuffix(name, ":443"))
+	}
+	return names, nil
 }
 
 // onLoopback refuses to show metrics and profiles to the network.
@@ -124,8 +199,9 @@ func run(ctx context.Context, args []string, getenv func(string) string, stderr 
 	if err != nil {
 		return fail(log, exitConfig, err)
 	}
+	seed := filepath.Join(c.creds, "membership-ctrl.nk")
 	nc, err := kv.Connect(kv.Link{
-		URL: c.natsURL, SeedFile: filepath.Join(c.creds, "membership-ctrl.nk"), CAFile: c.ca,
+		URL: c.natsURL, SeedFile: seed, CAFile: c.ca,
 		Name: "unibus-membership " + c.node, Inbox: "_INBOX_membership", Timeout: 5 * time.Second,
 	})
 	if err != nil {
@@ -139,12 +215,23 @@ func run(ctx context.Context, args []string, getenv func(string) string, stderr 
 	if c.check {
 		return 0
 	}
+	store, err := kv.OpenStore(kv.StoreConfig{View: view, Actor: "reconciler"})
+	if err != nil {
+		return fail(log, exitConfig, err)
+	}
+	audit := kv.OpenAudit(kv.AuditConfig{
+		Conn: nc, Instance: view.Instance(), Log: log, Now: time.Now, Signer: kv.SeedSigner(seed),
+	})
 	health := api.NewHealth(api.HealthConfig{
 		Node: c.node, Version: version, View: view, Conn: nc, CA: roots, Certs: certs, Log: log, Now: time.Now,
 	})
+	registry := newRegistry(health)
 	server := api.NewServer(api.Config{
-		Health: health, Log: log,
-		TLS: &tls.Config{GetCertificate: certs.Get, MinVersion: tls.VersionTLS12},
+		Health: health, Log: log, Version: version,
+		TLS:  &tls.Config{GetCertificate: certs.Get, MinVersion: tls.VersionTLS12},
+		View: view, Store: store, Audit: audit, Conn: nc, Lease: c.lease,
+		Authorities: c.authorities, Proxies: c.proxies, RateKey: c.rateKey, RateAddress: c.rateAddress, MaxRequests: c.maxRequests,
+		Metrics: registry,
 	})
 	ln, err := net.Listen("tcp", c.listen)
 	if err != nil {
@@ -154,7 +241,10 @@ func run(ctx context.Context, args []string, getenv func(string) string, stderr 
 	if err != nil {
 		return fail(log, exitUnavailable, err)
 	}
-	return serve(ctx, c, log, parts{nc: nc, view: view, health: health, certs: certs, server: server, ln: ln, admin: admin})
+	return serve(ctx, c, log, parts{
+		nc: nc, view: view, store: store, audit: audit, health: health, certs: certs, registry: registry,
+		server: server, ln: ln, admin: admin,
+	})
 }
 
 func fail(log *slog.Logger, code int, err error) int {
@@ -162,7 +252,7 @@ func fail(log *slog.Logger, code int, err error) int {
 	return code
 }
 
-func adminHandler(health *api.Health) http.Handler {
+func newRegistry(health *api.Health) *prometheus.Registry {
 	reg := prometheus.NewRegistry()
 	info := prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "unibus_build_info", Help: "The running build.",
@@ -170,6 +260,10 @@ func adminHandler(health *api.Health) http.Handler {
 	})
 	info.Set(1)
 	reg.MustRegister(info, health.Collector())
+	return reg
+}
+
+func adminHandler(reg *prometheus.Registry) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("/metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{}))
 	mux.HandleFunc("/debug/pprof/", pprof.Index)

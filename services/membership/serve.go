@@ -15,6 +15,7 @@ import (
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/nats-io/nats.go"
+	"github.com/prometheus/client_golang/prometheus"
 
 	"unibus.internal/bus"
 	"unibus.internal/bus/kv"
@@ -23,21 +24,26 @@ import (
 
 // parts are the pieces that live as long as the process.
 type parts struct {
-	nc     *nats.Conn
-	view   *kv.View
-	health *api.Health
-	certs  *api.Certificates
-	server *api.Server
-	ln     net.Listener
-	admin  net.Listener
+	nc       *nats.Conn
+	view     *kv.View
+	store    *kv.Store
+	audit    *kv.Audit
+	health   *api.Health
+	certs    *api.Certificates
+	registry *prometheus.Registry
+	server   *api.Server
+	ln       net.Listener
+	admin    net.Listener
 }
 
 // serve runs the node until ctx ends, then drains: 503 first, so that load
-// balancers look away; requests in flight next; the lease last, when nothing
-// decides any more.
+// balancers look away; requests in flight next; then the audit, which has heard
+// of all of them; the lease last, when nothing decides any more.
 func serve(ctx context.Context, c config, log *slog.Logger, p parts) int {
 	work, stopWork := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopWork()
+	record, stopRecord := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopRecord()
 	lease, stopLease := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopLease()
 
@@ -45,13 +51,13 @@ func serve(ctx context.Context, c config, log *slog.Logger, p parts) int {
 	signal.Notify(hup, syscall.SIGHUP)
 	defer signal.Stop(hup)
 
-	admin := &http.Server{Handler: adminHandler(p.health), ReadHeaderTimeout: 5 * time.Second}
+	admin := &http.Server{Handler: adminHandler(p.registry), ReadHeaderTimeout: 5 * time.Second}
 	failed := make(chan error, 2)
 	go func() { failed <- p.server.Serve(p.ln) }()
 	go func() { failed <- admin.Serve(p.admin) }()
 	notify(daemon.SdNotifyReady)
 
-	var background, decides sync.WaitGroup
+	var background, records, decides sync.WaitGroup
 	background.Go(func() { p.certs.Watch(work, time.Minute, hup) })
 	background.Go(func() { p.health.Run(work) })
 	background.Go(func() { tellSystemd(work, p.health) })
@@ -59,7 +65,8 @@ func serve(ctx context.Context, c config, log *slog.Logger, p parts) int {
 		bootstrap(lease, log, p)
 		p.view.Run(lease)
 	})
-	background.Go(func() { reconcile(work, log, p.view) })
+	background.Go(func() { reconcile(work, log, p.view, p.store) })
+	records.Go(func() { p.audit.Run(record) })
 	log.Info("serving", "node", c.node, "api", p.ln.Addr(), "admin", p.admin.Addr(), "version", version)
 
 	code := 0
@@ -86,6 +93,8 @@ func serve(ctx context.Context, c config, log *slog.Logger, p parts) int {
 	}
 	stopWork()
 	background.Wait()
+	stopRecord()
+	records.Wait()
 	stopLease()
 	decides.Wait()
 	log.Info("stopped")
@@ -122,8 +131,7 @@ func bootstrap(ctx context.Context, log *slog.Logger, p parts) {
 
 // reconcile repairs what can be rebuilt, now and then, whenever this node may
 // decide. Every node does; the writes are harmless twice.
-func reconcile(ctx context.Context, log *slog.Logger, view *kv.View) {
-	var store *kv.Store
+func reconcile(ctx context.Context, log *slog.Logger, view *kv.View, store *kv.Store) {
 	for {
 		wait := reconcileEvery + rand.N(reconcileEvery)
 		select {
@@ -133,14 +141,6 @@ func reconcile(ctx context.Context, log *slog.Logger, view *kv.View) {
 		}
 		if _, held := view.Lease(); !held {
 			continue
-		}
-		if store == nil {
-			s, err := kv.OpenStore(kv.StoreConfig{View: view, Actor: "reconciler"})
-			if err != nil {
-				log.Warn("reconciler", "err", err)
-				continue
-			}
-			store = s
 		}
 		bound, cancel := context.WithTimeout(ctx, 30*time.Second)
 		if _, err := store.Reconcile(bound); err != nil {

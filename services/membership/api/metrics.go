@@ -1,6 +1,10 @@
 package api
 
 import (
+	"net/http"
+	"strconv"
+	"time"
+
 	"github.com/prometheus/client_golang/prometheus"
 )
 
@@ -60,4 +64,65 @@ func number(ok bool) float64 {
 		return 1
 	}
 	return 0
+}
+
+// metrics counts requests. No label carries a user, a room, an address or a
+// path that a client chose.
+type metrics struct {
+	requests     *prometheus.CounterVec
+	duration     *prometheus.HistogramVec
+	refused      *prometheus.CounterVec
+	nonces       *prometheus.CounterVec
+	limited      *prometheus.CounterVec
+	auditFailed  prometheus.Counter
+	auditDropped prometheus.Counter
+}
+
+// newMetrics registers the metrics of the API; dropped counts what the writer
+// of the audit had to drop.
+func newMetrics(reg prometheus.Registerer, dropped func() uint64) *metrics {
+	m := &metrics{
+		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "unibus_http_requests_total", Help: "Requests to the API by route (none: it reached none), method and status.",
+		}, []string{"route", "method", "code"}),
+		duration: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "unibus_http_request_duration_seconds", Help: "Time from the headers of a request to its answer.",
+			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 15},
+		}, []string{"route", "method"}),
+		refused: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "unibus_auth_refused_total", Help: "Requests answered 401, by what was wrong.",
+		}, []string{"reason"}),
+		nonces: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "unibus_nonce_rejected_total", Help: "Nonces that were not consumed: used before (replay), or not recorded (unavailable).",
+		}, []string{"reason"}),
+		limited: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "unibus_rate_limited_total", Help: "Requests turned away by the rate of an address or key, or because too many are in flight (concurrency).",
+		}, []string{"by"}),
+		auditFailed: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "unibus_audit_failed_total", Help: "Attempts that could not be recorded; only changes that take access away went on.",
+		}),
+		auditDropped: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "unibus_audit_suppressed_total", Help: "Denials not recorded because one key caused too many.",
+		}),
+	}
+	reg.MustRegister(m.requests, m.duration, m.refused, m.nonces, m.limited, m.auditFailed, m.auditDropped,
+		prometheus.NewCounterFunc(prometheus.CounterOpts{
+			Name: "unibus_audit_dropped_total", Help: "Entries that the audit's writer had to drop.",
+		}, func() float64 { return float64(dropped()) }))
+	return m
+}
+
+func (m *metrics) observe(route, method string, status int, took time.Duration) {
+	method = methodLabel(method)
+	m.requests.WithLabelValues(route, method, strconv.Itoa(status)).Inc()
+	m.duration.WithLabelValues(route, method).Observe(took.Seconds())
+}
+
+// methodLabel keeps made-up methods out of the labels.
+func methodLabel(method string) string {
+	switch method {
+	case http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodPatch, http.MethodDelete, http.MethodOptions:
+		return method
+	}
+	return "other"
 }

@@ -1,0 +1,377 @@
+package api
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/netip"
+	"runtime/debug"
+	"time"
+
+	"unibus.internal/bus"
+	"unibus.internal/bus/kv"
+	"unibus.internal/bus/sig"
+)
+
+const (
+	// bodyTimeout cuts off who sends a body slowly.
+	bodyTimeout = 10 * time.Second
+	// doubt bounds each question to the cluster before a request is admitted:
+	// without a quorum the answer is still there inside two seconds.
+	doubt = 1500 * time.Millisecond
+	// readersPerSlot: bodies are read before a slot is taken. What one address
+	// may begin within bodyTimeout (2,800 requests by default) is less than all
+	// readers (4,096), so nobody alone shuts others out by sending slowly.
+	readersPerSlot = 16
+)
+
+// caller is a user who has proven, with this very request, to be active and to
+// hold the key: only gate.admit makes one. A handler gets one or is not called.
+type caller struct {
+	key     bus.UserKey
+	access  *kv.Access // as the View had it when the request was admitted; see current
+	request string     // id of the request
+	from    string     // address, for the audit
+}
+
+func (c *caller) subject() subject { return subject{c.key, c.access.User.Role} }
+
+func (c *caller) admin() bool { return c.access.User.Role == bus.Admin }
+
+// newcomer is the holder of a key and of an invite that this key may redeem,
+// made by gate.admitNewcomer only.
+type newcomer struct {
+	key           bus.UserKey
+	token         inviteToken
+	handle        string
+	request, from string
+}
+
+// exchange is one request and its answer. It goes through one goroutine.
+type exchange struct {
+	gate  *gate
+	w     http.ResponseWriter
+	r     *http.Request
+	body  []byte
+	id    string
+	start time.Time
+	from  netip.Addr
+
+	route    string // pattern of the operation
+	key      bus.UserKey
+	proven   bool // key signed this request
+	caller   *caller
+	newcomer *newcomer
+
+	status int
+	code   bus.Code
+	reason string // why it was refused, for metric and log
+}
+
+type exchangeKey struct{}
+
+func withExchange(ctx context.Context, x *exchange) context.Context {
+	return context.WithValue(ctx, exchangeKey{}, x)
+}
+
+func exchangeOf(r *http.Request) *exchange {
+	x, _ := r.Context().Value(exchangeKey{}).(*exchange)
+	return x
+}
+
+// gate stands before every route but the probes and the documentation, and
+// before routing: who is not known cannot even learn which paths exist.
+//
+// The order is the protection. What costs nothing comes first; a stranger can
+// cause no I/O but shared barriers; only an active user, or the holder of an
+// invite, causes a write (of a nonce); the nonce is consumed before anything
+// acts.
+type gate struct {
+	view        *kv.View
+	store       *kv.Store
+	audit       *trail
+	log         *slog.Logger
+	now         func() time.Time
+	random      io.Reader
+	metrics     *metrics
+	authorities []string
+	proxies     []netip.Prefix
+
+	addresses *limiter[netip.Prefix]
+	keys      *limiter[bus.UserKey]
+	readers   chan struct{}
+	slots     chan struct{}
+}
+
+// errRefused is every failure before the caller is known. See problemOf.
+var errRefused = bus.E(bus.Unauthenticated, "refused")
+
+func (g *gate) handler(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		x := &exchange{gate: g, w: w, r: r, id: g.newID(), start: g.now(), from: clientAddress(r, g.proxies), route: unmatched}
+		w.Header().Set("X-Request-Id", x.id)
+		defer x.end()
+		leave, err := g.admit(x)
+		defer leave()
+		if err != nil {
+			x.fail(err)
+			return
+		}
+		next.ServeHTTP(w, r.WithContext(withExchange(r.Context(), x)))
+	})
+}
+
+// unmatched is the route of a request that reached none.
+const unmatched = "none"
+
+func (g *gate) newID() string {
+	raw := make([]byte, 8)
+	if _, err := io.ReadFull(g.random, raw); err != nil {
+		return "unknown" // an id helps people find lines; nothing rests on it
+	}
+	return hex.EncodeToString(raw)
+}
+
+// admit decides whether a request reaches the routes. leave is to be called
+// when it has been answered.
+func (g *gate) admit(x *exchange) (leave func(), err error) {
+	leave = func() {}
+	if wait, ok := g.addresses.take(budgetOf(x.from), g.now()); !ok {
+		return leave, x.limited("address", wait)
+	}
+	if err := g.lease(); err != nil {
+		return leave, err
+	}
+	if err := g.readBody(x); err != nil {
+		return leave, err
+	}
+	select {
+	case g.slots <- struct{}{}:
+		leave = func() { <-g.slots }
+	default:
+		g.metrics.limited.WithLabelValues("concurrency").Inc()
+		return leave, bus.E(bus.Unavailable, "this node has too many requests in flight")
+	}
+	return leave, g.authenticate(x)
+}
+
+func (g *gate) lease() error {
+	if _, held := g.view.Lease(); !held {
+		return bus.E(bus.Unavailable, "this node cannot decide now: %s", g.view.Fault()).WithHint("unibusctl cluster status")
+	}
+	return nil
+}
+
+// readBody reads all of the body, so that what is verified, decoded and acted
+// upon is one and the same.
+func (g *gate) readBody(x *exchange) error {
+	if x.r.ContentLength == 0 {
+		return nil
+	}
+	select {
+	case g.readers <- struct{}{}:
+		defer func() { <-g.readers }()
+	default:
+		g.metrics.limited.WithLabelValues("concurrency").Inc()
+		return bus.E(bus.Unavailable, "this node has too many requests in flight")
+	}
+	rc := http.NewResponseController(x.w)
+	_ = rc.SetReadDeadline(time.Now().Add(bodyTimeout))
+	body, err := io.ReadAll(http.MaxBytesReader(x.w, x.r.Body, sig.MaxBody))
+	if err != nil {
+		return x.refuse("body", err)
+	}
+	// A deadline that passed during a long change would end its context.
+	_ = rc.SetReadDeadline(time.Time{})
+	x.body = body
+	return nil
+}
+
+func (g *gate) authenticate(x *exchange) error {
+	v, err := sig.Verify(x.r, x.body, g.authorities, g.now())
+	if err != nil {
+		if errors.Is(err, sig.ErrSkew) {
+			return x.refuse("skew", err)
+		}
+		return x.refuse("signature", err)
+	}
+	x.key, x.proven = v.Key, true
+	if x.r.Method == enrollMethod && x.r.URL.Path == enrollPath {
+		return g.admitNewcomer(x, v)
+	}
+	access, reason, err := g.lookUp(x.r.Context(), v.Key)
+	if err != nil {
+		return err
+	}
+	if reason != standingActive {
+		if access != nil { // somebody we know: it may be their key that is being misused
+			g.audit.denied(x, reason)
+		}
+		return x.refuse(reason, nil)
+	}
+	if wait, ok := g.keys.take(v.Key, g.now()); !ok {
+		return x.limited("key", wait)
+	}
+	if err := g.consume(x, v); err != nil {
+		return err
+	}
+	x.caller = &caller{key: v.Key, access: access, request: x.id, from: x.from.String()}
+	return nil
+}
+
+// standing is where a key stands, in the words of the callout.
+const (
+	standingActive  = "active"
+	standingRevoked = "revoked"
+)
+
+func standing(a *kv.Access, err error, now time.Time) string {
+	switch {
+	case err != nil:
+		return "broken_record"
+	case a == nil:
+		return "unknown"
+	case a.User.Status == bus.Active && a.User.ActiveAt(now):
+		return standingActive
+	case a.User.Status == bus.Active:
+		return "expired"
+	case a.User.Status == bus.Suspended:
+		return "suspended"
+	case a.User.Status == bus.Revoked:
+		return standingRevoked
+	}
+	return "unknown_status"
+}
+
+// lookUp says how a key stands now. Before it says that somebody may not enter,
+// except for a revoke, which is final, it asks the cluster: a grant that was
+// confirmed to its admin a moment ago may not have reached this node.
+func (g *gate) lookUp(ctx context.Context, k bus.UserKey) (*kv.Access, string, error) {
+	for asked := false; ; asked = true {
+		access, err := g.view.Access(k)
+		reason := standing(access, err, g.now())
+		if err := g.lease(); err != nil { // after the look: the process may have been paused before it
+			return nil, "", err
+		}
+		if reason == standingActive || reason == standingRevoked || asked {
+			return access, reason, nil
+		}
+		if err := g.barrier(ctx); err != nil {
+			return nil, "", err
+		}
+	}
+}
+
+func (g *gate) barrier(ctx context.Context) error {
+	bctx, cancel := context.WithTimeout(ctx, doubt)
+	defer cancel()
+	return g.view.Barrier(bctx)
+}
+
+// consume makes the request a one-time thing, for all nodes.
+func (g *gate) consume(x *exchange, v sig.Verified) error {
+	nctx, cancel := context.WithTimeout(x.r.Context(), doubt)
+	defer cancel()
+	err := g.store.ConsumeNonce(nctx, v.Key, v.Nonce)
+	switch bus.CodeOf(err) {
+	case "":
+		return nil
+	case bus.Unauthenticated:
+		g.metrics.nonces.WithLabelValues("replay").Inc()
+		g.audit.denied(x, "replay")
+		return x.refuse("replay", err)
+	case bus.Unavailable:
+		g.metrics.nonces.WithLabelValues("unavailable").Inc()
+	}
+	return err
+}
+
+// admitNewcomer lets a key in that is nobody's yet, if it brings an invite. All
+// that is wrong before the invite is proven looks like any other refusal, so
+// that the route is no place to try tokens at.
+func (g *gate) admitNewcomer(x *exchange, v sig.Verified) error {
+	var in enrollBody
+	if !isJSON(x.r.Header.Values("Content-Type")) {
+		return x.refuse("enroll", nil)
+	}
+	if err := decode(x.body, enrollShape.body, &in); err != nil {
+		return x.refuse("enroll", err)
+	}
+	ictx, cancel := context.WithTimeout(x.r.Context(), doubt)
+	defer cancel()
+	switch err := g.store.CheckInvite(ictx, string(in.Token), v.Key); bus.CodeOf(err) {
+	case "":
+	case bus.Unavailable, bus.Internal:
+		return err
+	default:
+		return x.refuse("enroll", err)
+	}
+	if wait, ok := g.keys.take(v.Key, g.now()); !ok {
+		return x.limited("key", wait)
+	}
+	if err := g.consume(x, v); err != nil {
+		return err
+	}
+	x.newcomer = &newcomer{key: v.Key, token: in.Token, handle: in.Handle, request: x.id, from: x.from.String()}
+	return nil
+}
+
+func (x *exchange) refuse(reason string, cause error) error {
+	x.reason = reason
+	x.gate.metrics.refused.WithLabelValues(reason).Inc()
+	x.gate.log.Debug("refused", "request", x.id, "reason", reason, "err", cause)
+	return errRefused
+}
+
+func (x *exchange) limited(by string, wait time.Duration) error {
+	x.gate.metrics.limited.WithLabelValues(by).Inc()
+	x.reason = "rate_" + by
+	return tooMany(wait, by)
+}
+
+// fail answers with a problem document.
+func (x *exchange) fail(err error) {
+	p, header := problemOf(err, x.id)
+	x.code = bus.Code(p.Type[len(bus.ProblemType):])
+	if x.code == bus.Internal {
+		x.gate.log.Error("internal error", "request", x.id, "route", x.route, "err", err)
+	}
+	for name := range header {
+		x.w.Header().Set(name, header.Get(name))
+	}
+	x.w.Header().Set("Content-Type", "application/problem+json")
+	x.status = p.Status
+	writeBody(x.w, p.Status, p)
+}
+
+// send answers with a document.
+func (x *exchange) send(status int, v any) {
+	x.status = status
+	writeJSON(x.w, status, v)
+}
+
+// end writes the one line that every request leaves. A panic ends its request
+// only.
+func (x *exchange) end() {
+	if p := recover(); p != nil {
+		x.gate.log.Error("panic", "request", x.id, "route", x.route, "what", p, "stack", string(debug.Stack()))
+		if x.status == 0 {
+			x.fail(bus.E(bus.Internal, "panic"))
+		}
+	}
+	took := x.gate.now().Sub(x.start)
+	x.gate.metrics.observe(x.route, x.r.Method, x.status, took)
+	caller := ""
+	if x.proven {
+		caller = x.key.NKey()
+	}
+	level := slog.LevelInfo
+	if x.status == http.StatusTooManyRequests { // the log must not grow as fast as who floods can ask
+		level = slog.LevelDebug
+	}
+	x.gate.log.Log(x.r.Context(), level, "request", "request", x.id, "method", methodLabel(x.r.Method), "route", x.route,
+		"status", x.status, "code", string(x.code), "reason", x.reason, "ms", took.Milliseconds(), "caller", caller, "from", x.from.String())
+}

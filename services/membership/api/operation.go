@@ -1,0 +1,278 @@
+package api
+
+import (
+	"context"
+	"net/http"
+	"reflect"
+	"strconv"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"unibus.internal/bus"
+	"unibus.internal/bus/guard"
+	"unibus.internal/bus/kv"
+)
+
+// spec is what the documentation says of an operation.
+type spec struct {
+	id, method, path string
+	summary, detail  string
+	tag              string
+	body, answer     any   // examples
+	errors           []int // on top of those that every operation may give
+}
+
+// operation is one route: the one place from which the router, the checks of
+// requests and the OpenAPI document are made.
+type operation struct {
+	spec
+	shape    *shape
+	out      reflect.Type
+	statuses []int // of success
+	tagged   bool  // answers with an ETag
+	serve    func(a *api, x *exchange) error
+}
+
+// api is what the handlers share.
+type api struct {
+	view   *kv.View
+	store  *kv.Store
+	conn   *nats.Conn // reads of the audit
+	audit  *trail
+	now    func() time.Time
+	patrol time.Duration // how long a change may take: a lease, and the doubt around it
+}
+
+// tagged is an answer about one record, whose revision is its ETag.
+type tagged interface{ revision() uint64 }
+
+// read makes an operation that answers from the View. Hold and recheck around
+// it mean that no change of the caller's access is reported as done while an
+// answer decided on the old state is still being made.
+func read[In, Out any](s spec, h func(a *api, ctx context.Context, c *caller, in *In) (Out, error)) operation {
+	o := newOperation[In, Out](s, http.StatusOK)
+	o.serve = func(a *api, x *exchange) error {
+		in := new(In)
+		if err := o.shape.bind(x.r, x.body, in); err != nil {
+			return err
+		}
+		hold := a.view.Hold(x.caller.key)
+		defer hold.Release()
+		c, err := a.current(x.caller)
+		if err != nil {
+			return err
+		}
+		out, err := h(a, x.r.Context(), c, in)
+		if err == nil {
+			err = a.leased() // a pause since then may have outlived the lease
+		}
+		hold.Release()
+		return x.answer(out, err)
+	}
+	return o
+}
+
+// consult makes an operation that answers from elsewhere than the View, which
+// may take its time. No hold lasts that long: the caller is looked at again
+// when the answer is there.
+func consult[In, Out any](s spec, act action, h func(a *api, ctx context.Context, c *caller, in *In) (Out, error)) operation {
+	o := newOperation[In, Out](s, http.StatusOK)
+	o.serve = func(a *api, x *exchange) error {
+		in := new(In)
+		if err := o.shape.bind(x.r, x.body, in); err != nil {
+			return err
+		}
+		if err := a.authorize(x.caller, act, target{}); err != nil {
+			return err
+		}
+		ctx, cancel := context.WithTimeout(x.r.Context(), a.patrol)
+		defer cancel()
+		out, err := h(a, ctx, x.caller, in)
+		if err != nil {
+			return err
+		}
+		hold := a.view.Hold(x.caller.key)
+		defer hold.Release()
+		c, err := a.current(x.caller)
+		if err == nil {
+			err = may(c.subject(), act, target{})
+		}
+		hold.Release()
+		return x.answer(out, err)
+	}
+	return o
+}
+
+// plan is a change that a handler has understood, and that is neither
+// authorized nor made yet.
+type plan struct {
+	action   action
+	target   func(c *caller) target // looked up anew at each check: the caller's role in a room may change
+	detail   string                 // for the audit; no secrets
+	success  int                    // the status if something was made: 201 or 200
+	survives func(bus.User) bool    // the change itself ends the caller's access half-way, and may be finished; may be nil
+	do       func(ctx context.Context, s *kv.Store) (effect, error)
+}
+
+// effect is what a change did.
+type effect struct {
+	body     any
+	already  bool
+	verified bool
+	revision uint64
+}
+
+// changed is the effect of most changes.
+func changed(res kv.Result, err error) (effect, error) {
+	c, err := kv.ChangeOf(res, err)
+	return effect{body: c, already: c.Already, verified: c.Verified, revision: c.Revision}, err
+}
+
+// change makes an operation that writes. made is the status if something new
+// was made.
+func change[In, Out any](s spec, made int, h func(a *api, c *caller, in *In) (plan, error)) operation {
+	statuses := []int{http.StatusOK}
+	if made != http.StatusOK {
+		statuses = append(statuses, made)
+	}
+	if reflect.TypeFor[Out]() == reflect.TypeFor[bus.Change]() {
+		statuses = append(statuses, http.StatusAccepted)
+	} else {
+		statuses = []int{made}
+	}
+	o := newOperation[In, Out](s, statuses...)
+	o.serve = func(a *api, x *exchange) error {
+		in := new(In)
+		if err := o.shape.bind(x.r, x.body, in); err != nil {
+			return err
+		}
+		p, err := h(a, x.caller, in)
+		if err != nil {
+			return err
+		}
+		p.success = made
+		return a.make(x, x.caller, p)
+	}
+	return o
+}
+
+func newOperation[In, Out any](s spec, statuses ...int) operation {
+	_, isTagged := any(*new(Out)).(tagged)
+	return operation{
+		spec: s, shape: shapeOf(reflect.TypeFor[In]()), out: reflect.TypeFor[Out](), statuses: statuses, tagged: isTagged,
+	}
+}
+
+// current is the caller as the View has them now.
+func (a *api) current(c *caller) (*caller, error) {
+	access, err := a.view.Access(c.key)
+	if standing(access, err, a.now()) != standingActive {
+		return nil, errRefused
+	}
+	if err := a.leased(); err != nil {
+		return nil, err
+	}
+	now := *c
+	now.access = access
+	return &now, nil
+}
+
+func (a *api) leased() error {
+	if _, held := a.view.Lease(); !held {
+		return bus.E(bus.Unavailable, "this node cannot decide now: %s", a.view.Fault()).WithHint("unibusctl cluster status")
+	}
+	return nil
+}
+
+// authorize asks may, and puts a refusal on record.
+func (a *api) authorize(c *caller, act action, t target) error {
+	err := may(c.subject(), act, t)
+	if err != nil {
+		a.audit.refused(c, act, t, err)
+	}
+	return err
+}
+
+// urgent are the changes that take access away. They are made even if the
+// audit cannot be written: else who can stop the audit could stop every revoke.
+var urgent = map[action]bool{userRevoke: true, userSuspend: true, memberRemove: true}
+
+// make authorizes a change, announces it in the audit, makes it, and records
+// what came of it. It goes on when the client is gone: a change that was begun
+// is better finished and on record.
+func (a *api) make(x *exchange, c *caller, p plan) error {
+	t := p.target(c)
+	if err := a.authorize(c, p.action, t); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(x.r.Context()), a.patrol)
+	defer cancel()
+	e := a.audit.entry(c.key, c.request, c.from, p.action, t)
+	e.Detail = p.detail
+	if err := a.audit.attempt(ctx, e); err != nil && !urgent[p.action] {
+		return err
+	}
+	guard.Pause("mutate")
+	done, err := p.do(ctx, a.store.As(kv.Caller{
+		Name: c.key.NKey(), Key: c.key, Check: func() error { return a.recheck(c, p) },
+	}))
+	a.audit.outcome(e, done, err)
+	if err != nil {
+		return err
+	}
+	x.finish(done, p.success)
+	return nil
+}
+
+// recheck is asked by the Store right before each of its writes.
+func (a *api) recheck(c *caller, p plan) error {
+	if u, _, ok := a.view.User(c.key); ok && p.survives != nil && p.survives(u) {
+		return a.leased()
+	}
+	now, err := a.current(c)
+	if err != nil {
+		return err
+	}
+	return may(now.subject(), p.action, p.target(now))
+}
+
+// finish answers a change: 202 if it is committed and not proven.
+func (x *exchange) finish(done effect, success int) {
+	status := success
+	switch {
+	case !done.verified:
+		status = http.StatusAccepted
+	case done.already:
+		status = http.StatusOK
+	}
+	x.send(status, done.body)
+}
+
+func (x *exchange) answer(out any, err error) error {
+	if err != nil {
+		return err
+	}
+	if t, ok := out.(tagged); ok {
+		x.w.Header().Set("ETag", strconv.Quote(strconv.FormatUint(t.revision(), 10)))
+	}
+	x.send(http.StatusOK, out)
+	return nil
+}
+
+// handler is how the router reaches an operation. Without a caller, which the
+// gate alone makes, there is no way in; enrolling is the one operation of who
+// is not a user yet.
+func (o *operation) handler(a *api) http.HandlerFunc {
+	return func(_ http.ResponseWriter, r *http.Request) {
+		x := exchangeOf(r)
+		x.r, x.route = r, o.path
+		var err error = errRefused
+		if x.caller != nil || x.newcomer != nil && o.id == enrollID {
+			err = o.serve(a, x)
+		}
+		if err != nil {
+			x.fail(err)
+		}
+	}
+}
