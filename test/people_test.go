@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/http"
 	"os"
 	"path/filepath"
 	"testing"
@@ -76,6 +77,8 @@ type world struct {
 	view  *kv.View
 	trust *tls.Config
 	admin *person
+
+	http *http.Client // of all requests to the API
 }
 
 // newWorld starts a cluster with callouts and a first admin.
@@ -89,6 +92,7 @@ func newWorld(t testing.TB, o cluster.Options) *world {
 		t.Fatal(err)
 	}
 	w.trust = trust
+	w.http = apiHTTP(t, trust)
 	w.openStore()
 	w.admin = newPerson(t, "admin")
 	if _, err := w.store.Bootstrap(t.Context(), w.admin.key, "admin"); err != nil {
