@@ -28,9 +28,9 @@ const (
 	dialTimeout = 1500 * time.Millisecond
 	tlsTimeout  = 2500 * time.Millisecond
 	readTimeout = 5 * time.Second
-	// changeTimeout covers the longest lease that a change waits out (10 s) with
-	// its margins.
-	changeTimeout = 15 * time.Second
+	// changeTimeout is longer than a service works at one change: the longest
+	// lease (10 s), and 5 s around it.
+	changeTimeout = 18 * time.Second
 	// idleTimeout is far below the services': a connection that they have closed
 	// meanwhile would make the answer of a change a matter of doubt.
 	idleTimeout = 5 * time.Second

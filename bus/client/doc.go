@@ -42,7 +42,7 @@
 // # Limits
 //
 // Every call ends with its context. Without a deadline one attempt ends after 5
-// s if it reads, after 15 s if it changes something, and there are at most three
+// s if it reads, after 18 s if it changes something, and there are at most three
 // attempts, or one per node. Redirects are not followed and proxies of the
 // environment are not used. A Client is safe for concurrent use.
 package client

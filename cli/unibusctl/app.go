@@ -32,13 +32,19 @@ type app struct {
 func (a *app) commands() []*cli.Command {
 	return []*cli.Command{
 		a.bootstrapCommand(),
+		a.joinCommand(),
+		a.whoamiCommand(),
 		a.userCommand(),
+		a.inviteCommand(),
 		a.roomCommand(),
+		a.aclCommand(),
+		a.auditCommand(),
 		a.clusterCommand(),
 		a.identityCommand(),
 		a.pkiCommand(),
 		a.configCommand(),
 		a.envCommand(),
+		a.apiCommand(),
 		a.completionCommand(),
 	}
 }

@@ -2,12 +2,10 @@ package main
 
 import (
 	"context"
-	"fmt"
 
 	"github.com/urfave/cli/v2"
 
 	"unibus.internal/bus"
-	"unibus.internal/bus/kv"
 )
 
 func (a *app) bootstrapCommand() *cli.Command {
@@ -34,10 +32,16 @@ func (a *app) bootstrapCommand() *cli.Command {
 			if _, err := positional(c); err != nil {
 				return err
 			}
-			return a.changing(func(ctx context.Context, _ *cli.Context, d *direct) (string, kv.Result, error) {
-				res, err := d.store.Bootstrap(ctx, key, handle)
-				return fmt.Sprintf("first admin %s is %s", handle, key), res, err
-			})(c)
+			if !a.set.direct {
+				return &usageError{msg: "the first admin is made on the live KV, by who holds the ops seed", hint: a.command + " --direct ..., with --ops-seed FILE"}
+			}
+			return a.changing(c.Context, func(ctx context.Context, b backend) (bus.Change, error) {
+				d, ok := b.(*direct)
+				if !ok {
+					return bus.Change{}, bus.E(bus.Internal, "bootstrap without a KV")
+				}
+				return d.Bootstrap(ctx, key, handle)
+			})
 		},
 	}
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -28,7 +29,7 @@ func (a *app) userContextCommand() *cli.Command {
 		Usage: "write a context that the stock nats CLI uses as it is",
 		Description: "For a user, --identity is their seed file. The names ops and sys mean the break-glass\n" +
 			"identities in accounts CTRL and SYS; a user of that handle is named by key.\n\n" +
-			"   unibusctl --direct user context alice --identity alice.nk --select\n" +
+			"   unibusctl user context alice --identity alice.nk --select\n" +
 			"   nats --context unibus-alice sub 'room.ops.>'",
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "name", Usage: "`NAME` of the context; default unibus-<handle>"},
@@ -61,7 +62,7 @@ func (a *app) userContext(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		label, seed, inbox = string(u.Handle), a.set.identity, bus.InboxPrefix(u.Key)
+		label, seed, inbox = string(u.Handle), a.set.identity, bus.InboxPrefix(u.SignPub)
 	}
 	if seed == "" {
 		return &usageError{msg: "no seed file for " + label + ": set --ops-seed FILE"}
@@ -74,61 +75,34 @@ func (a *app) userContext(c *cli.Context) error {
 
 // contextUser makes sure that the seed file is that user's: a context under
 // alice's name with another's key would act under the other's name.
-func (a *app) contextUser(c *cli.Context, who string) (bus.User, error) {
-	d, err := a.openDirect(c.Context)
+func (a *app) contextUser(c *cli.Context, who string) (bus.UserInfo, error) {
+	who, err := userName(who)
 	if err != nil {
-		return bus.User{}, err
-	}
-	defer d.close()
-	u, _, err := d.view.FindUser(who)
-	if err != nil {
-		return bus.User{}, err
+		return bus.UserInfo{}, err
 	}
 	own, err := a.ownKey()
 	if err != nil {
-		return bus.User{}, err
+		return bus.UserInfo{}, err
 	}
-	if own != u.Key.NKey() {
-		return bus.User{}, bus.E(bus.Forbidden, "%s holds the key %s, not that of %s", a.set.identity, own, u.Handle).
+	var u bus.UserDetail
+	err = a.reading(c.Context, func(ctx context.Context, b backend) (err error) {
+		u, err = b.User(ctx, who)
+		return err
+	})
+	if err != nil {
+		return bus.UserInfo{}, err
+	}
+	if own != u.SignPub {
+		return bus.UserInfo{}, bus.E(bus.Forbidden, "%s holds the key %s, not that of %s", a.set.identity, own, u.Handle).
 			WithHint("%s %s --identity FILE, with the seed of %s", a.command, u.Handle, u.Handle)
 	}
-	return u, nil
+	return u.UserInfo, nil
 }
 
 func (a *app) writeContext(label, seed, inbox, name string, selected bool) error {
-	seed, err := filepath.Abs(seed)
+	name, path, err := a.makeContext(label, seed, inbox, name, selected)
 	if err != nil {
 		return err
-	}
-	ca, err := filepath.Abs(a.set.ca)
-	if err != nil {
-		return err
-	}
-	if name == "" {
-		name = "unibus-" + label
-	}
-	if !contextName.MatchString(name) {
-		return usagef("context name %s is refused: use a-z A-Z 0-9 _ -", quote(name))
-	}
-	dir, err := a.natsConfigDir()
-	if err != nil {
-		return err
-	}
-	value, err := json.MarshalIndent(natsContext{"unibus: " + label, a.set.natsURL, seed, ca, inbox}, "", "  ")
-	if err != nil {
-		return err
-	}
-	path := filepath.Join(dir, "context", name+".json")
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return fmt.Errorf("make the directory of contexts: %w", err)
-	}
-	if err := writeFile(path, append(value, '\n'), 0o600, true); err != nil {
-		return err
-	}
-	if selected {
-		if err := writeFile(filepath.Join(dir, "context.txt"), []byte(name), 0o600, true); err != nil {
-			return err
-		}
 	}
 	if a.set.json {
 		return a.print(map[string]any{"context": name, "file": path, "selected": selected}, nil)
@@ -136,6 +110,44 @@ func (a *app) writeContext(label, seed, inbox, name string, selected bool) error
 	fmt.Fprintf(a.out, "context %s: %s\n", name, path)
 	a.say("use it: nats --context %s ...", name)
 	return nil
+}
+
+// makeContext writes a context file. An empty name becomes unibus-<label>.
+func (a *app) makeContext(label, seed, inbox, name string, selected bool) (made, path string, err error) {
+	if seed, err = filepath.Abs(seed); err != nil {
+		return "", "", err
+	}
+	ca, err := filepath.Abs(a.set.ca)
+	if err != nil {
+		return "", "", err
+	}
+	if name == "" {
+		name = "unibus-" + label
+	}
+	if !contextName.MatchString(name) {
+		return "", "", usagef("context name %s is refused: use a-z A-Z 0-9 _ -", quote(name))
+	}
+	dir, err := a.natsConfigDir()
+	if err != nil {
+		return "", "", err
+	}
+	value, err := json.MarshalIndent(natsContext{"unibus: " + label, a.set.natsURL, seed, ca, inbox}, "", "  ")
+	if err != nil {
+		return "", "", err
+	}
+	path = filepath.Join(dir, "context", name+".json")
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return "", "", fmt.Errorf("make the directory of contexts: %w", err)
+	}
+	if err := writeFile(path, append(value, '\n'), 0o600, true); err != nil {
+		return "", "", err
+	}
+	if selected {
+		if err := writeFile(filepath.Join(dir, "context.txt"), []byte(name), 0o600, true); err != nil {
+			return "", "", err
+		}
+	}
+	return name, path, nil
 }
 
 var contextName = regexp.MustCompile(`^[A-Za-z0-9_-]{1,64}$`)

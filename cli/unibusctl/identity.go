@@ -66,25 +66,31 @@ func (a *app) identityCommand() *cli.Command {
 }
 
 func (a *app) identityNew(path string, force bool) error {
-	pair, err := nkeys.CreatePairWithRand(nkeys.PrefixByteUser, a.rand)
-	if err != nil {
-		return fmt.Errorf("make a key: %w", err)
-	}
-	seed, err := pair.Seed()
-	if err != nil {
-		return fmt.Errorf("make a key: %w", err)
-	}
-	key, err := userKeyOf(pair)
-	if err != nil {
-		return err
-	}
 	if path == "" {
 		return usagef("--out names no file")
 	}
-	if err := writeFile(path, append(seed, '\n'), 0o600, force); err != nil {
+	key, err := a.makeIdentity(path, force)
+	if err != nil {
 		return err
 	}
 	return a.printKey(key, path)
+}
+
+// makeIdentity writes a new seed to a file.
+func (a *app) makeIdentity(path string, force bool) (bus.UserKey, error) {
+	pair, err := nkeys.CreatePairWithRand(nkeys.PrefixByteUser, a.rand)
+	if err != nil {
+		return bus.UserKey{}, fmt.Errorf("make a key: %w", err)
+	}
+	seed, err := pair.Seed()
+	if err != nil {
+		return bus.UserKey{}, fmt.Errorf("make a key: %w", err)
+	}
+	key, err := userKeyOf(pair)
+	if err != nil {
+		return bus.UserKey{}, err
+	}
+	return key, writeFile(path, append(seed, '\n'), 0o600, force)
 }
 
 func (a *app) identityShow(path string) error {
