@@ -358,6 +358,16 @@ func (a *Audit) Run(ctx context.Context) {
 		a.prepareCheckpoint(last)
 		a.write(last)
 	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	unwritten := len(a.queue)
+	if a.flight != nil {
+		unwritten += len(a.flight.entries)
+	}
+	if unwritten > 0 {
+		a.lost.Add(uint64(unwritten))
+		a.log.Error("the audit ends with entries that no quorum has confirmed", "entries", unwritten)
+	}
 }
 
 // patience is how long nothing needs to be written.

@@ -13,6 +13,7 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nkeys"
 
 	"unibus.internal/bus"
@@ -672,5 +673,35 @@ func TestAuditWriterNeverGoesBack(t *testing.T) {
 	a.adopt(at(9))
 	if a.head.N != 4 || a.last != 9 {
 		t.Errorf("a block of another process: %+v", a.head)
+	}
+}
+
+// TestALinkSignsOnlyNonces: the key that answers a server's nonce signs
+// checkpoints too, and the server chooses the nonce.
+func TestALinkSignsOnlyNonces(t *testing.T) {
+	kp, _ := auditKey(t, 7)
+	seed, err := kp.Seed()
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := t.TempDir() + "/x.nk"
+	if err := os.WriteFile(file, seed, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	option, err := nkeyOption(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var o nats.Options
+	if err := option(&o); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := o.SignatureCB([]byte("dGVzdCBub25jZQ_-")); err != nil {
+		t.Errorf("a nonce: %v", err)
+	}
+	for _, crafted := range []string{auditDomain + `{"v":1}`, "", "short", "\"@method\": GET", strings.Repeat("a", 65)} {
+		if sig, err := o.SignatureCB([]byte(crafted)); err == nil {
+			t.Errorf("signed %q: %x", crafted, sig)
+		}
 	}
 }
