@@ -13,6 +13,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unicode/utf8"
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
@@ -198,11 +199,12 @@ func (a *Audit) Note(e bus.AuditEntry) {
 	}
 }
 
-// boundEntry lets nothing longer than an entry may hold stay in memory.
+// boundEntry keeps what is too long for an entry out of memory; cleanEntry cuts
+// it to the end of a character.
 func boundEntry(e bus.AuditEntry) bus.AuditEntry {
 	for _, s := range []*string{&e.Action, &e.Actor, &e.User, (*string)(&e.Room), &e.From, &e.Request, &e.Result, (*string)(&e.Code), &e.Detail} {
-		if len(*s) > maxAuditText {
-			*s = strings.Clone((*s)[:maxAuditText])
+		if len(*s) > maxAuditText+utf8.UTFMax {
+			*s = strings.Clone((*s)[:maxAuditText+utf8.UTFMax])
 		}
 	}
 	return e

@@ -522,17 +522,25 @@ func FuzzAuditBlock(f *testing.F) {
 // a terminal.
 func TestAuditEntriesAreBounded(t *testing.T) {
 	now := time.Date(2026, 11, 25, 12, 0, 0, 123456789, time.UTC)
-	long := strings.Repeat("é", 500) + "\x00"
-	e := cleanEntry(boundEntry(bus.AuditEntry{
+	long := "x" + strings.Repeat("é", 500) + "\x00" // a character across the end
+	hostile := bus.AuditEntry{
 		Kind: "connect", Action: "a\nb\x1b[2Jc", Actor: "\xff\xfe", User: long, Room: bus.RoomID("x\u202ey"), From: "::1", Request: "r\tr",
-		Result: "deny", Code: bus.Code("c\u0085"), Detail: strings.Repeat("<", 10_000),
-	}), now)
+		Result: "deny", Code: bus.Code("c\u0085"), Detail: strings.Repeat("<", 10_000) + "aé",
+	}
+	kept := boundEntry(hostile)
+	if len(kept.User) > maxAuditText+utf8.UTFMax || len(kept.Detail) > maxAuditText+utf8.UTFMax {
+		t.Errorf("%d and %d bytes wait", len(kept.User), len(kept.Detail))
+	}
+	e := cleanEntry(kept, now)
+	if e != cleanEntry(hostile, now) {
+		t.Errorf("%+v by one way, %+v by the other", e, cleanEntry(hostile, now))
+	}
 	for _, s := range []string{string(e.Kind), e.Action, e.Actor, e.User, string(e.Room), e.From, e.Request, e.Result, string(e.Code), e.Detail} {
 		if len(s) > maxAuditText || !utf8.ValidString(s) || strings.ContainsAny(s, "\n\t\x00\x1b\u202e\u0085") {
 			t.Errorf("%q", s)
 		}
 	}
-	if e.Action != "a?b?[2Jc" || e.User != strings.Repeat("é", 100) || !e.At.Equal(now.Truncate(time.Millisecond)) {
+	if e.Action != "a?b?[2Jc" || e.User != "x"+strings.Repeat("é", 99) || !e.At.Equal(now.Truncate(time.Millisecond)) {
 		t.Errorf("%+v", e)
 	}
 }
