@@ -84,9 +84,15 @@ type minter struct {
 	now  func() time.Time
 	rand io.Reader // of nonces and ids; crypto/rand but in a test of golden bytes
 
+	drafts sync.Pool // of *draft
+
 	mu       sync.Mutex
 	rendered map[bus.UserKey]rendering
 }
+
+// draft is the room in which one answer is written, used again: otherwise each
+// connect would leave 20 KB more to clear and to collect.
+type draft struct{ claims, user, answer []byte }
 
 // rendering is a user's permissions as the members of a JSON object, good as
 // long as the View returns the same access.
@@ -102,7 +108,7 @@ func newMinter(keys []Keys, ttl time.Duration, now func() time.Time) (*minter, e
 	if ttl < time.Minute || ttl > maxTTL {
 		return nil, bus.E(bus.Invalid, "a session lives between 1m and 720h, not %s", ttl)
 	}
-	return &minter{ttl: ttl, now: now, rand: rand.Reader, rendered: map[bus.UserKey]rendering{}}, nil
+	return &minter{ttl: ttl, now: now, rand: rand.Reader, drafts: sync.Pool{New: func() any { return new(draft) }}, rendered: map[bus.UserKey]rendering{}}, nil
 }
 
 // rules are the subjects of one direction, in the server's JSON.
@@ -223,9 +229,12 @@ func (m *minter) admit(c *call, req Request, a *kv.Access, expires time.Time) ([
 	if e := a.User.ExpiresAt; e != nil && e.Before(until) {
 		until = *e
 	}
-	token := sign(c, fmt.Appendf(make([]byte, 0, 512+len(perms)), userClaims,
-		userAccount, until.Unix(), m.tokenID(), now.Unix(), c.keys.Issuer.Public, req.User.NKey(), c.userNKey, perms))
-	return m.respond(c, "jwt", string(token), expires)
+	d := m.drafts.Get().(*draft)
+	defer m.drafts.Put(d)
+	d.claims = fmt.Appendf(d.claims[:0], userClaims,
+		userAccount, until.Unix(), m.tokenID(), now.Unix(), c.keys.Issuer.Public, req.User.NKey(), c.userNKey, perms)
+	d.user = sign(d.user[:0], c, d.claims)
+	return m.respond(d, c, "jwt", d.user, expires)
 }
 
 // The claims are written and not encoded: every value in them is a number, an
@@ -240,30 +249,35 @@ const (
 
 // deny makes the sealed answer that refuses, with the constant text.
 func (m *minter) deny(c *call, expires time.Time) ([]byte, error) {
-	return m.respond(c, "error", Denied, expires)
+	d := m.drafts.Get().(*draft)
+	defer m.drafts.Put(d)
+	return m.respond(d, c, "error", []byte(Denied), expires)
 }
 
-func (m *minter) respond(c *call, field, value string, expires time.Time) ([]byte, error) {
+// respond writes into d, which value may be part of, and returns bytes that are
+// not: the caller keeps them.
+func (m *minter) respond(d *draft, c *call, field string, value []byte, expires time.Time) ([]byte, error) {
 	exp := fmt.Sprintf(`"exp":%d,`, expires.Unix())
 	if guard.Off(guard.ResponseExpiry) {
 		exp = ""
 	}
-	token := sign(c, fmt.Appendf(make([]byte, 0, 512+len(value)), answerClaims,
-		c.serverID, exp, m.tokenID(), m.now().Unix(), c.keys.Issuer.Public, c.userNKey, field, value))
+	d.claims = fmt.Appendf(d.claims[:0], answerClaims,
+		c.serverID, exp, m.tokenID(), m.now().Unix(), c.keys.Issuer.Public, c.userNKey, field, value)
+	d.answer = sign(d.answer[:0], c, d.claims)
 	var nonce [sealNonce]byte
 	if _, err := io.ReadFull(m.rand, nonce[:]); err != nil {
 		return nil, fmt.Errorf("randomness: %w", err)
 	}
-	out := append([]byte(sealVersion), nonce[:]...)
-	return box.SealAfterPrecomputation(out, token, &nonce, c.shared), nil
+	out := make([]byte, 0, len(sealVersion)+len(nonce)+box.Overhead+len(d.answer))
+	out = append(append(out, sealVersion...), nonce[:]...)
+	return box.SealAfterPrecomputation(out, d.answer, &nonce, c.shared), nil
 }
 
 var jwtHeader = base64.RawURLEncoding.EncodeToString([]byte(`{"typ":"JWT","alg":"` + jwtAlgorithm + `"}`))
 
-// sign writes a JWT of claims in JSON.
-func sign(c *call, claims []byte) []byte {
+// sign writes a JWT of claims in JSON into the empty out, which it may replace.
+func sign(out []byte, c *call, claims []byte) []byte {
 	enc := base64.RawURLEncoding
-	out := make([]byte, 0, len(jwtHeader)+2+enc.EncodedLen(len(claims))+enc.EncodedLen(ed25519.SignatureSize))
 	out = append(append(out, jwtHeader...), '.')
 	out = enc.AppendEncode(out, claims)
 	sig := ed25519.Sign(c.keys.Issuer.private, out)
