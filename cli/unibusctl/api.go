@@ -5,8 +5,10 @@ import (
 	"context"
 	"crypto/tls"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net/http"
 	"os"
 	"slices"
@@ -87,20 +89,23 @@ func (a *app) apiClient(urls, ca string, identity sig.Signer) (*client.Client, e
 	if err != nil {
 		return nil, err
 	}
-	return a.clientOf(urls, trust, identity)
+	return a.clientOf(urls, trust, identity, "set --api-url URLS or UNIBUS_API_URL; unibusctl env shows what is used")
 }
 
-func (a *app) clientOf(urls string, trust *tls.Config, identity sig.Signer) (*client.Client, error) {
+func (a *app) clientOf(urls string, trust *tls.Config, identity sig.Signer, hint string) (*client.Client, error) {
 	c, err := client.New(client.Config{URLs: strings.Split(urls, ","), TLS: trust, Identity: identity, Now: a.now, Rand: a.rand})
-	if bus.CodeOf(err) == bus.Invalid {
-		return nil, &usageError{msg: err.Error() + ": set --api-url or UNIBUS_API_URL", hint: "unibusctl env"}
+	if err != nil {
+		return nil, &usageError{msg: err.Error(), hint: hint}
 	}
-	return c, err
+	return c, nil
 }
 
 // readSigner reads an identity to sign requests with.
 func readSigner(path string) (*sig.Identity, error) {
 	data, err := readSecret(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, bus.E(bus.Invalid, "there is no key in %s: %w", path, err).WithHint("unibusctl identity new --out %s", path)
+	}
 	if err != nil {
 		return nil, err
 	}

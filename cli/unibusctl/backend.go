@@ -156,7 +156,7 @@ func (a *app) plan(what string, details ...string) error {
 	}
 	fmt.Fprintln(a.out, oneLine("would "+what))
 	for _, d := range details {
-		fmt.Fprintln(a.out, oneLine("  "+d))
+		fmt.Fprintln(a.out, "  "+oneLine(d))
 	}
 	a.say("nothing was changed")
 	return nil

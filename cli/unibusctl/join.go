@@ -113,7 +113,7 @@ func (a *app) joining(c *cli.Context) (*joining, error) {
 	if a.defaulted("nats-url") {
 		a.set.natsURL = natsOf(j.urls)
 	}
-	if _, err := a.clientOf(j.urls, nil, anybody{}); err != nil {
+	if _, err := a.clientOf(j.urls, nil, anybody{}, a.command+" --help"); err != nil {
 		return nil, err
 	}
 	return j, a.joinPin(c, j)
@@ -331,12 +331,12 @@ func exampleLine(r joined) string {
 			return fmt.Sprintf("nats --context %s pub %s 'hi all'", r.Context, bus.RoomSubject(g.Room, r.User.SignPub, "hello"))
 		}
 	}
-	for _, g := range r.User.Rooms {
-		subject := bus.RoomSubscribe(g.Room)
-		if g.Durable {
-			subject = bus.FeedSubscribe(g.Room)
+	subject := bus.NoticeSubscribe(r.User.SignPub)
+	if len(r.User.Rooms) > 0 {
+		subject = bus.RoomSubscribe(r.User.Rooms[0].Room)
+		if r.User.Rooms[0].Durable {
+			subject = bus.FeedSubscribe(r.User.Rooms[0].Room)
 		}
-		return fmt.Sprintf("nats --context %s sub '%s'", r.Context, subject)
 	}
-	return fmt.Sprintf("nats --context %s sub '%s'", r.Context, bus.NoticeSubscribe(r.User.SignPub))
+	return fmt.Sprintf("nats --context %s sub '%s'", r.Context, subject)
 }
