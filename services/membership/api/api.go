@@ -85,7 +85,7 @@ func NewServer(cfg Config) *Server {
 	t := &trail{audit: cfg.Audit, log: cfg.Log, now: cfg.Now, metrics: m, denials: newLimiter[bus.UserKey](denialRate)}
 	g := &gate{
 		view: cfg.View, store: cfg.Store, audit: t, log: cfg.Log, now: cfg.Now, random: cfg.Random, metrics: m,
-		authorities: cfg.Authorities, proxies: cfg.Proxies,
+		authorities: cfg.Authorities, proxies: cfg.Proxies, patience: bodyTimeout,
 		addresses: newLimiter[netip.Prefix](cfg.RateAddress), keys: newLimiter[bus.UserKey](cfg.RateKey),
 		readers: make(chan struct{}, readersPerSlot*cfg.MaxRequests), slots: make(chan struct{}, cfg.MaxRequests),
 	}

@@ -85,10 +85,10 @@ func exchangeOf(r *http.Request) *exchange {
 // gate stands before every route but the probes and the documentation, and
 // before routing: who is not known cannot even learn which paths exist.
 //
-// The order is the protection. What costs nothing comes first; a stranger can
-// cause no I/O but shared barriers; only an active user, or the holder of an
-// invite, causes a write (of a nonce); the nonce is consumed before anything
-// acts.
+// The order is the protection. What costs nothing comes first; a stranger
+// causes no I/O but shared barriers, and at the one route for it the look at an
+// invite; only an active user, or the holder of an invite, causes a write (of a
+// nonce); the nonce is consumed before anything acts.
 type gate struct {
 	view        *kv.View
 	store       *kv.Store
@@ -99,6 +99,7 @@ type gate struct {
 	metrics     *metrics
 	authorities []string
 	proxies     []netip.Prefix
+	patience    time.Duration // with who sends a body slowly
 
 	addresses *limiter[netip.Prefix]
 	keys      *limiter[bus.UserKey]
@@ -178,14 +179,11 @@ func (g *gate) readBody(x *exchange) error {
 		g.metrics.limited.WithLabelValues("concurrency").Inc()
 		return bus.E(bus.Unavailable, "this node has too many requests in flight")
 	}
-	rc := http.NewResponseController(x.w)
-	_ = rc.SetReadDeadline(time.Now().Add(bodyTimeout))
+	_ = http.NewResponseController(x.w).SetReadDeadline(time.Now().Add(g.patience))
 	body, err := io.ReadAll(http.MaxBytesReader(x.w, x.r.Body, sig.MaxBody))
 	if err != nil {
 		return x.refuse("body", err)
 	}
-	// A deadline that passed during a long change would end its context.
-	_ = rc.SetReadDeadline(time.Time{})
 	x.body = body
 	return nil
 }

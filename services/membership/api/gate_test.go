@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
@@ -231,6 +232,51 @@ func TestClientAddress(t *testing.T) {
 	if budgetOf(netip.MustParseAddr("2001:db8::1")) != budgetOf(netip.MustParseAddr("2001:db8::2")) ||
 		budgetOf(netip.MustParseAddr("2001:db8::1")) == budgetOf(netip.MustParseAddr("2001:db8:0:1::1")) {
 		t.Error("budgets of IPv6 are not those of a /64")
+	}
+}
+
+// Who sends a body slowly is cut off, and keeps nobody else waiting meanwhile.
+func TestSlowBodiesAreCut(t *testing.T) {
+	const patience = 300 * time.Millisecond
+	refusals := make(chan error, 1)
+	g := &gate{
+		log: slog.New(slog.DiscardHandler), now: time.Now, patience: patience, readers: make(chan struct{}, 1),
+		metrics: newMetrics(prometheus.NewRegistry(), func() uint64 { return 0 }),
+	}
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		x := &exchange{gate: g, w: w, r: r}
+		if err := g.readBody(x); err != nil {
+			x.fail(err)
+			refusals <- err
+			return
+		}
+		x.send(http.StatusOK, len(x.body))
+	}))
+	t.Cleanup(srv.Close)
+	conn, err := net.Dial("tcp", srv.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	if _, err := io.WriteString(conn, "POST /v1/users HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{"); err != nil {
+		t.Fatal(err)
+	}
+	started := time.Now()
+	select {
+	case err := <-refusals:
+		if bus.CodeOf(err) != bus.Unauthenticated {
+			t.Errorf("slow body: %v", err)
+		}
+	case <-time.After(10 * patience):
+		t.Fatalf("nothing happened in %s", time.Since(started))
+	}
+	for _, body := range []string{"", "{}"} {
+		resp, err := http.Post(srv.URL, "application/json", strings.NewReader(body))
+		if err != nil || resp.StatusCode != http.StatusOK {
+			t.Errorf("%q: %v %v", body, resp, err)
+			continue
+		}
+		_ = resp.Body.Close()
 	}
 }
 

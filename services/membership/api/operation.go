@@ -217,6 +217,9 @@ func (a *api) make(x *exchange, c *caller, p plan) error {
 	done, err := p.do(ctx, a.store.As(kv.Caller{
 		Name: c.key.NKey(), Key: c.key, Check: func() error { return a.recheck(c, p) },
 	}))
+	if err != nil && bus.CodeOf(a.recheck(c, p)) == bus.Unauthenticated {
+		err = errRefused // whatever else is wrong is nothing to who is known no more
+	}
 	a.audit.outcome(e, done, err)
 	if err != nil {
 		return err
