@@ -75,9 +75,9 @@ func memberPath(id bus.RoomID, user string) (string, error) {
 
 // Me is the caller.
 func (c *Client) Me(ctx context.Context) (bus.UserDetail, error) {
-	var out bus.UserDetail
+	var out struct{ User bus.UserDetail }
 	err := c.get(ctx, "/v1/me", nil, &out)
-	return out, err
+	return out.User, err
 }
 
 // SetEncryptionKey publishes the caller's key of that number. May be sent

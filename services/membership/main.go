@@ -191,7 +191,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stderr 
 	if err != nil {
 		return fail(log, exitConfig, err)
 	}
-	certs, err := api.LoadCertificates(c.cert, c.key, log)
+	certs, err := api.LoadCertificates(c.cert, c.key, c.ca, log)
 	if err != nil {
 		return fail(log, exitConfig, err)
 	}

@@ -118,6 +118,7 @@ func (g *gate) handler(next http.Handler) http.Handler {
 		leave, err := g.admit(x)
 		defer leave()
 		if err != nil {
+			w.Header().Set(bus.EffectHeader, bus.EffectNone) // a client may ask another node
 			x.fail(err)
 			return
 		}

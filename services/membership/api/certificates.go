@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/pem"
 	"fmt"
 	"log/slog"
 	"os"
@@ -12,10 +13,11 @@ import (
 )
 
 // Certificates serves a certificate from files and takes a renewed pair without
-// a restart. A bad new pair is reported and the good old one kept.
+// a restart. A bad new pair is reported and the good old one kept. It shows the
+// CA too, for newcomers who know only its fingerprint (unibusctl join --ca-pin).
 type Certificates struct {
-	certFile, keyFile string
-	log               *slog.Logger
+	certFile, keyFile, caFile string
+	log                       *slog.Logger
 
 	mu    sync.Mutex
 	pair  *tls.Certificate
@@ -23,9 +25,9 @@ type Certificates struct {
 	mtime time.Time
 }
 
-// LoadCertificates reads the pair; it fails if there is no good one.
-func LoadCertificates(certFile, keyFile string, log *slog.Logger) (*Certificates, error) {
-	c := &Certificates{certFile: certFile, keyFile: keyFile, log: log}
+// LoadCertificates reads the pair and the CA; it fails if they are no good.
+func LoadCertificates(certFile, keyFile, caFile string, log *slog.Logger) (*Certificates, error) {
+	c := &Certificates{certFile: certFile, keyFile: keyFile, caFile: caFile, log: log}
 	if err := c.Reload(); err != nil {
 		return nil, err
 	}
@@ -42,16 +44,40 @@ func (c *Certificates) Reload() error {
 	if err != nil {
 		return fmt.Errorf("certificate %s: %w", c.certFile, err)
 	}
+	if len(pair.Certificate) == 1 { // what brings a chain of its own is shown as it is
+		if pair.Certificate, err = withIssuer(leaf, c.caFile); err != nil {
+			return err
+		}
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.pair, c.leaf, c.mtime = &pair, leaf, c.changed()
 	return nil
 }
 
-// changed is the newer modification time of the two files.
+// withIssuer is the certificate and the one of the CA's that has signed it. A
+// certificate of somebody else's CA stands alone, as before.
+func withIssuer(leaf *x509.Certificate, caFile string) ([][]byte, error) {
+	rest, err := os.ReadFile(caFile)
+	if err != nil {
+		return nil, fmt.Errorf("the CA: %w", err)
+	}
+	for {
+		var block *pem.Block
+		if block, rest = pem.Decode(rest); block == nil {
+			return [][]byte{leaf.Raw}, nil
+		}
+		ca, err := x509.ParseCertificate(block.Bytes)
+		if err == nil && leaf.CheckSignatureFrom(ca) == nil {
+			return [][]byte{leaf.Raw, ca.Raw}, nil
+		}
+	}
+}
+
+// changed is the newest modification time of the files.
 func (c *Certificates) changed() time.Time {
 	var newest time.Time
-	for _, f := range []string{c.certFile, c.keyFile} {
+	for _, f := range []string{c.certFile, c.keyFile, c.caFile} {
 		if st, err := os.Stat(f); err == nil && st.ModTime().After(newest) {
 			newest = st.ModTime()
 		}

@@ -211,6 +211,7 @@ func (a *api) make(x *exchange, c *caller, p plan) error {
 	e := a.audit.entry(c.key, c.request, c.from, p.action, t)
 	e.Detail = p.detail
 	if err := a.audit.attempt(ctx, e); err != nil && !urgent[p.action] {
+		x.w.Header().Set(bus.EffectHeader, bus.EffectNone)
 		return err
 	}
 	guard.Pause("mutate")
