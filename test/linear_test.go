@@ -166,11 +166,11 @@ func adminModel() porcupine.Model {
 // after a revoke of them had returned.
 func TestLinearizable(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, cluster.Options{Lease: 2 * time.Second})
-	rounds, faults := 3, 1
+	rounds, faults, lease := 3, 1, 2*time.Second
 	if full {
-		rounds, faults = 60, 3
+		rounds, faults, lease = 60, 3, kv.DefaultLease // which outlives an election
 	}
+	w := newWorld(t, cluster.Options{Lease: lease})
 	checked := 0
 	for n := range rounds {
 		r := w.newRegistry(n)
@@ -251,10 +251,14 @@ func (r *registry) play() {
 		for worker := range 2 {
 			wg.Go(func() {
 				rnd := rand.New(rand.NewPCG(uint64(r.n), uint64(caller*2+worker)))
-				verbs := []verb{vAdd, vAdd, vRevoke, vSuspend, vResume, vDemote, vPromote, vJoin, vJoin, vRemove, vArchive}
-				for range 7 {
+				verbs := []verb{
+					vAdd, vAdd, vAdd, vRevoke, vSuspend, vSuspend, vResume, vResume, vResume, vResume,
+					vDemote, vPromote, vPromote, vPromote, vJoin, vJoin, vJoin, vRemove, vRemove, vRemove, vArchive,
+				}
+				for range 16 {
 					o := operation{caller, rnd.IntN(slots), verbs[rnd.IntN(len(verbs))]}
 					r.do(o, rnd.IntN(3), caller*2+worker)
+					<-time.After(time.Duration(rnd.IntN(200)) * time.Millisecond) // so that faults fall in between
 				}
 			})
 		}
@@ -340,8 +344,13 @@ func (r *registry) disturb(ctx context.Context, faults int) {
 	rnd := rand.New(rand.NewPCG(uint64(r.n), 7))
 	for range faults {
 		node := 1 + rnd.IntN(3)
-		services := [][]cluster.Service{{cluster.Membership}, {cluster.Authcallout}, {cluster.NATS}, nil}[rnd.IntN(4)]
-		if rnd.IntN(2) == 0 {
+		services := [][]cluster.Service{{cluster.Membership}, nil, {cluster.Authcallout}, {cluster.NATS}}[rnd.IntN(4)]
+		kill := rnd.IntN(2) == 0
+		if !full { // one fault has to be one that answers get lost by
+			services, kill = []cluster.Service{cluster.Membership}, true
+		}
+		r.t.Logf("round %d: node %d, %v, killed %t", r.n, node, services, kill)
+		if kill {
 			r.Kill(node, services...)
 		} else {
 			r.Pause(node, services...)
