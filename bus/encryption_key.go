@@ -47,7 +47,7 @@ func (k EncryptionKey) Verify(user UserKey) error {
 		return E(Invalid, "an encryption key is counted from 1")
 	case len(k.Public) != EncryptionKeySize:
 		return E(Invalid, "an encryption key has %d bytes, not %d", EncryptionKeySize, len(k.Public))
-	case k.CreatedAt.UnixMilli() < 0 || k.CreatedAt.Year() > 9999:
+	case k.CreatedAt.UnixMilli() < 0 || k.CreatedAt.UTC().Year() > 9999:
 		return E(Invalid, "an encryption key has a time between 1970 and 9999")
 	case len(k.Signature) != ed25519.SignatureSize || !ed25519.Verify(user[:], k.SignedBytes(user), k.Signature):
 		return E(Invalid, "the encryption key is not signed by %s", user)

@@ -178,6 +178,9 @@ func (s *Store) PatchUser(ctx context.Context, key bus.UserKey, p UserPatch) (Re
 		return Result{}, bus.E(bus.Invalid, "an expiry is in the future; %s is not", p.ExpiresAt.UTC().Format(time.RFC3339)).
 			WithHint("unibusctl user suspend takes access away now")
 	}
+	if p.ExpiresAt != nil && p.ExpiresAt.UTC().Year() > 9999 { // has no JSON form
+		return Result{}, bus.E(bus.Invalid, "an expiry is before the year 10000").WithHint("without one, access never expires")
+	}
 	var old bus.Handle
 	var claim uint64
 	res, err := s.retried(ctx, key.Hex(), func(s *Store) (Result, error) {

@@ -104,6 +104,10 @@ func TestPatchTellsNullFromAbsence(t *testing.T) {
 			t.Errorf("%s: %v, want %v", body, got, want)
 		}
 	}
+	// 9999 here, and 10000 in UTC, in which no record could be written.
+	if err := decode([]byte(`{"expires_at":"9999-12-31T23:59:59-01:00"}`), s, new(patchUserBody)); err == nil {
+		t.Error("a time that has no JSON form was taken")
+	}
 	if err := decode([]byte(`{"handle":null}`), s, new(patchUserBody)); err == nil {
 		t.Error("a handle of null was taken")
 	}

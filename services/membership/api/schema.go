@@ -282,7 +282,9 @@ func (s *schema) check(v any) (why string) {
 		case s.MaxLength != nil && len([]rune(v)) > *s.MaxLength:
 			return fmt.Sprintf("must not be longer than %d characters", *s.MaxLength)
 		case s.Format == "date-time":
-			if t, err := time.Parse(time.RFC3339, v); err != nil || t.Year() < 1970 {
+			// In UTC, as it is kept: with an offset, 9999 can be the year 10000,
+			// which no record can hold.
+			if t, err := time.Parse(time.RFC3339, v); err != nil || t.UTC().Year() < 1970 || t.UTC().Year() > 9999 {
 				return "must be a time such as 2026-01-31T12:00:00Z"
 			}
 		}
