@@ -6,7 +6,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
+	"net"
 	"slices"
 	"strings"
 	"sync"
@@ -27,6 +29,7 @@ func TestAudit(t *testing.T) {
 	w := newWorld(t, cluster.Options{})
 	a := &auditors{world: w, signer: newPerson(t, "signer")}
 	t.Run("connects are on record", a.connects)
+	t.Run("a lost answer makes no second block", a.lostAnswers)
 	t.Run("a killed server loses and doubles nothing", func(t *testing.T) {
 		a.survive(t, "kill", 500, func(c *cluster.Cluster, node int) { c.Kill(node, cluster.NATS) }, func(c *cluster.Cluster, node int) { c.StartNode(node, cluster.NATS) })
 	})
@@ -44,8 +47,13 @@ type auditors struct {
 
 func (a *auditors) link(t *testing.T) *nats.Conn {
 	t.Helper()
+	return a.linkTo(t, a.URLs(a.NATSURL))
+}
+
+func (a *auditors) linkTo(t *testing.T, url string) *nats.Conn {
+	t.Helper()
 	nc, err := kv.Connect(kv.Link{
-		URL: a.URLs(a.NATSURL), SeedFile: a.Seed("ops"), CAFile: a.CA(), Name: "test-audit", Inbox: "_INBOX_ops", Timeout: 2 * time.Second,
+		URL: url, SeedFile: a.Seed("ops"), CAFile: a.CA(), Name: "test-audit", Inbox: "_INBOX_ops", Timeout: 2 * time.Second,
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -63,8 +71,13 @@ func (a *auditors) link(t *testing.T) *nats.Conn {
 // open starts one writer; stop ends it as a graceful stop does.
 func (a *auditors) open(t *testing.T, instance string, signer kv.AuditSigner) (w *kv.Audit, stop func()) {
 	t.Helper()
+	return a.openOn(t, a.link(t), instance, signer)
+}
+
+func (a *auditors) openOn(t *testing.T, nc *nats.Conn, instance string, signer kv.AuditSigner) (w *kv.Audit, stop func()) {
+	t.Helper()
 	w = kv.OpenAudit(kv.AuditConfig{
-		Conn: a.link(t), Instance: instance, Signer: signer, Every: 500 * time.Millisecond,
+		Conn: nc, Instance: instance, Signer: signer, Every: 500 * time.Millisecond,
 		Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
 	})
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
@@ -147,6 +160,86 @@ func (a *auditors) connects(t *testing.T) {
 	if others := a.all(t, kv.AuditQuery{User: alice.key.NKey(), Action: "user.*"}); len(others) != 0 {
 		t.Errorf("a filter lets through %+v", others)
 	}
+}
+
+// lostAnswers: the answer to a block comes too late, again and again. The writer
+// finds its block in the stream and says that it is stored, once.
+func (a *auditors) lostAnswers(t *testing.T) {
+	line := newSlowLine(t, strings.TrimPrefix(a.NATSURL(1), "tls://"))
+	w, stop := a.openOn(t, a.linkTo(t, "tls://"+line.address), "unibusctl-w0", nil)
+	recordFor(t, w, "test.lost", "first")
+	for i := range 3 {
+		line.hold()
+		done := make(chan error, 1)
+		go func() {
+			done <- w.Record(t.Context(), bus.AuditEntry{Kind: bus.AuditOutcome, Action: "test.lost", Request: fmt.Sprintf("lost%d", i), Result: "ok"})
+		}()
+		held := time.After(1200 * time.Millisecond) // longer than the writer waits for one answer
+		cluster.WaitFor(t, 5*time.Second, "the block to be stored while its writer hears nothing", func() error {
+			if n := len(a.all(t, kv.AuditQuery{Action: "test.lost"})); n != i+2 {
+				return fmt.Errorf("%d entries", n)
+			}
+			return nil
+		})
+		<-held
+		line.release()
+		if err := <-done; err != nil {
+			t.Errorf("lost%d: %v", i, err)
+		}
+	}
+	stop()
+	if got := a.all(t, kv.AuditQuery{Action: "test.lost"}); len(got) != 4 {
+		t.Errorf("%d entries, want 4: %+v", len(got), got)
+	}
+}
+
+// slowLine carries connections to a server, and on command holds back what the
+// server says.
+type slowLine struct {
+	address string
+	mu      sync.RWMutex // write-locked while it holds
+}
+
+func (l *slowLine) hold() { l.mu.Lock() }
+
+func (l *slowLine) release() { l.mu.Unlock() }
+
+func newSlowLine(t *testing.T, server string) *slowLine {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = ln.Close() })
+	l := &slowLine{address: ln.Addr().String()}
+	go func() {
+		for {
+			client, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			upstream, err := net.Dial("tcp", server)
+			if err != nil {
+				_ = client.Close()
+				continue
+			}
+			go func() { _, _ = io.Copy(upstream, client); _ = upstream.Close() }()
+			go func() { _, _ = io.Copy(gate{l, client}, upstream); _ = client.Close() }()
+		}
+	}()
+	return l
+}
+
+// gate writes to a client while the line does not hold.
+type gate struct {
+	line   *slowLine
+	client net.Conn
+}
+
+func (g gate) Write(b []byte) (int, error) {
+	g.line.mu.RLock()
+	defer g.line.mu.RUnlock()
+	return g.client.Write(b)
 }
 
 // survive: records from four processes, two of which share a name, while the
