@@ -1,6 +1,7 @@
 package test
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -540,6 +541,55 @@ func TestEnforceAcrossRestarts(t *testing.T) {
 	hold(t.Context(), time.Until(expiry))
 	wantClosed(t, timed...)
 	wantOpen(t, kept...)
+}
+
+// TestEnforceSilentServer revokes a user who is connected to every node while
+// one server is paused, and another while one is dead: what can be closed is,
+// the rest when the server is back, and nobody else loses anything.
+func TestEnforceSilentServer(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, cluster.Options{Lease: 2 * time.Second})
+	first, second, other := w.addUser("first"), w.addUser("second"), w.addUser("other")
+	one, two, kept := w.rawEverywhere(first), w.rawEverywhere(second), w.rawEverywhere(other)
+
+	w.Pause(3, cluster.NATS)
+	w.patiently("revoke", func(ctx context.Context) (kv.Result, error) { return w.store.RevokeUser(ctx, first.key) })
+	wantClosed(t, one[:2]...)
+	if n := w.metric(`unibus_enforce_unproven_total`); n == 0 {
+		t.Error("closing a connection of a paused server counts as proven")
+	}
+	w.Resume(3, cluster.NATS)
+	resumed := time.Now()
+	for one[2].Flush() == nil {
+		if time.Since(resumed) > 3*time.Second {
+			t.Fatal("a connection of a revoked user lives 3 s after its server came back")
+		}
+	}
+	t.Logf("closed %s after the server came back", time.Since(resumed).Round(time.Millisecond))
+	w.WaitHealthy(30 * time.Second)
+	wantOpen(t, kept...)
+
+	w.Kill(3)
+	w.patiently("revoke", func(ctx context.Context) (kv.Result, error) { return w.store.RevokeUser(ctx, second.key) })
+	wantClosed(t, two[:2]...)
+	w.StartNode(3)
+	w.WaitHealthy(30 * time.Second)
+	kept = append(kept[:2], w.connectRaw(3, other))
+	sys := w.Sys()
+	cluster.WaitFor(t, 10*time.Second, "the table to be that of the servers", func() error {
+		want := float64(len(w.live(sys, other)) * len(w.Nodes())) // each callout knows all
+		if got := w.metric("unibus_enforce_connections"); got != want {
+			return fmt.Errorf("known are %v, want %v", got, want)
+		}
+		return nil
+	})
+	for _, p := range []*person{first, second} {
+		if open := w.live(sys, p); len(open) > 0 {
+			t.Errorf("%s has %v open", p.name, open)
+		}
+	}
+	wantOpen(t, kept...)
+	w.foundNothing()
 }
 
 // expire records an expiry, which no command sets yet.

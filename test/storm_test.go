@@ -78,7 +78,9 @@ func TestNoClientIsLost(t *testing.T) {
 	if full {
 		outage = 30 * time.Second
 	}
-	w := newWorld(t, cluster.Options{})
+	w := newWorld(t, cluster.Options{Env: map[cluster.Service]map[string]string{
+		cluster.Authcallout: {"UNIBUS_USER_CONNECTIONS": "200"}, // all are one user's
+	}})
 	p := w.addUser("crowd")
 	cs := w.clients(p, 100)
 

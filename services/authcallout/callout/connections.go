@@ -5,6 +5,8 @@ import (
 	"slices"
 	"time"
 
+	"github.com/nats-io/nkeys"
+
 	"unibus.internal/bus"
 	"unibus.internal/bus/kv"
 )
@@ -63,13 +65,13 @@ func newConnections() *connections {
 }
 
 // server returns the server of that id, known or new.
-func (t *connections) server(id, node []byte) *server {
-	s := t.servers[string(id)]
-	if s == nil {
-		s = &server{id: string(id), node: string(node)}
-		t.servers[s.id] = s
+func (t *connections) server(id, node []byte) (s *server, known bool) {
+	if s = t.servers[string(id)]; s != nil {
+		return s, true
 	}
-	return s
+	s = &server{id: string(id), node: string(node)}
+	t.servers[s.id] = s
+	return s, false
 }
 
 // add enters a connection. The same one, reported again as somebody else's, has
@@ -81,10 +83,7 @@ func (t *connections) add(s *server, e sight, now time.Time) *connection {
 	}
 	u := t.users[string(e.user)]
 	if u == nil {
-		u = &session{nkey: string(e.user)}
-		if k, err := bus.ParseUserKey(u.nkey); err == nil {
-			u.key = k
-		}
+		u = &session{nkey: string(e.user), key: keyOf(e.user)}
 		t.users[u.nkey] = u
 		t.byKey[u.key] = u
 	}
@@ -92,6 +91,16 @@ func (t *connections) add(s *server, e sight, now time.Time) *connection {
 	t.byID[id] = c
 	u.open = append(u.open, c)
 	return c
+}
+
+// keyOf reads the key that a server shows, for a look into the View: whether it
+// is a good one was asked when it was registered.
+func keyOf(nkey []byte) (k bus.UserKey) {
+	raw, err := nkeys.Decode(nkeys.PrefixByteUser, nkey)
+	if err == nil && len(raw) == len(k) {
+		copy(k[:], raw)
+	}
+	return k
 }
 
 // bounded keeps what a client chose to call itself short.

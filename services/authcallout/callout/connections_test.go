@@ -148,7 +148,8 @@ func BenchmarkParseEvent(b *testing.B) {
 }
 
 func open(t *connections, server string, cid uint64, user string, start time.Duration) *connection {
-	return t.add(t.server([]byte(server), []byte("n-"+server)), sight{cid: cid, user: []byte(user), start: moment.Add(start)}, moment)
+	s, _ := t.server([]byte(server), []byte("n-"+server))
+	return t.add(s, sight{cid: cid, user: []byte(user), start: moment.Add(start)}, moment)
 }
 
 func cids(cs []*connection) (out []uint64) {

@@ -59,6 +59,7 @@ type EnforcerConfig struct {
 type Enforcer struct {
 	cfg      EnforcerConfig
 	view     enforcedView
+	send     func(subject, reply string, data []byte) error // in account CTRL
 	services map[string]bool
 	inbox    string // kicks are answered at <inbox>.<number>
 	capped   chan *session
@@ -92,7 +93,7 @@ type enforcedView interface {
 // begins to listen.
 func NewEnforcer(cfg EnforcerConfig) *Enforcer {
 	e := &Enforcer{
-		cfg: cfg, view: cfg.View, services: map[string]bool{}, capped: make(chan *session, 1024), wake: make(chan struct{}, 1),
+		cfg: cfg, view: cfg.View, send: cfg.Control.PublishRequest, services: map[string]bool{}, capped: make(chan *session, 1024), wake: make(chan struct{}, 1),
 		table: newConnections(), kicks: map[uint64]*kick{}, deferred: map[*settled]func(){}, silent: map[string]bool{},
 	}
 	for _, k := range cfg.Services {
@@ -141,7 +142,10 @@ func (e *Enforcer) told(m *nats.Msg) {
 	}
 	e.mu.Lock()
 	defer e.unlock()
-	s := e.table.server(ev.server, ev.node)
+	s, known := e.table.server(ev.server, ev.node)
+	if !known {
+		e.sweepBy(e.cfg.Now()) // it may have more to tell
+	}
 	if !opened {
 		e.closed(connID{s, ev.cid})
 		return
@@ -165,18 +169,18 @@ func (e *Enforcer) closed(id connID) {
 // changed before it was there to be closed. Until that look, and what follows
 // from it, is over, the admission holds back the acknowledgement of the change.
 func (e *Enforcer) opened(s *server, seen sight) {
+	if e.services[string(seen.user)] {
+		return
+	}
 	c := e.table.add(s, seen, e.cfg.Now())
 	admitted, hold := e.cfg.Service.effects.take(s.id, seen.cid)
 	if hold != nil {
 		defer func() { e.settle(e.kicksOf(c), hold.Release) }()
 	}
-	if e.services[c.of.nkey] {
-		return
-	}
 	if c.admitted = admitted; admitted == nil {
 		// Another instance admitted it, and closes it should that have been on
 		// an older state than ours.
-		if c.unseen = !e.view.Complete(); !c.unseen {
+		if c.unseen = !e.whole(); !c.unseen {
 			c.admitted, _ = e.view.Access(c.of.key)
 		}
 	}
@@ -189,7 +193,7 @@ func (e *Enforcer) opened(s *server, seen sight) {
 // limit hands a user over the cap to whoever asks the servers first: a killed
 // server tells of no end, and what it had must not count.
 func (e *Enforcer) limit(u *session) {
-	if u.queued || e.services[u.nkey] || u.excess(e.cfg.Limit) == nil || guard.Off(guard.Cap) {
+	if u.queued || u.excess(e.cfg.Limit) == nil || guard.Off(guard.Cap) {
 		return
 	}
 	wait := u.capped.Add(capPause).Sub(e.cfg.Now())
@@ -236,10 +240,14 @@ func (e *Enforcer) Changed(c kv.Change, done func()) {
 		e.run = append(e.run, done)
 		return
 	}
-	if !e.view.Complete() { // half a View would deny everybody
+	if e.mayNarrow(c) { // what opens beside it is looked at until nothing can open on the old state
+		e.sweepOn()
+	}
+	if !e.whole() {
 		e.deferChange(done)
 		return
 	}
+	e.catchUp()
 	if c.Room != "" && c.User == (bus.UserKey{}) {
 		for _, u := range e.table.users {
 			if a, _ := e.view.Access(u.key); a != u.judged {
@@ -253,6 +261,24 @@ func (e *Enforcer) Changed(c kv.Change, done func()) {
 		e.judge(u, "narrowed")
 	}
 	e.settle(e.kicksOfUser(c.User), done)
+}
+
+// mayNarrow errs on the side of yes.
+func (e *Enforcer) mayNarrow(c kv.Change) bool {
+	if c.User == (bus.UserKey{}) {
+		return true
+	}
+	now := e.cfg.Now()
+	a, err := e.view.Access(c.User)
+	return err != nil || !decide(a, nil, now).allow || c.Room != "" && e.view.NarrowedSince(c.User, now.Add(-2*clockMargin))
+}
+
+// sweepOn has sweeps follow one another until no connection can appear any more
+// that was admitted before now.
+func (e *Enforcer) sweepOn() {
+	now := e.cfg.Now()
+	e.until = now.Add(deadlineOfMints)
+	e.sweepBy(now.Add(sweepSpacing))
 }
 
 // deferChange leaves a change to the judgement that follows when the View is
@@ -280,34 +306,52 @@ func (e *Enforcer) Resync() {
 	if _, held := e.view.Lease(); !held {
 		return
 	}
-	for _, u := range e.table.users {
-		e.judge(u, "narrowed")
+	e.judgeAll()
+	e.catchUp()
+}
+
+// catchUp enforces the changes that had to wait.
+func (e *Enforcer) catchUp() {
+	if len(e.deferred) == 0 {
+		return
 	}
+	e.judgeAll()
 	for s, done := range e.deferred {
 		delete(e.deferred, s)
 		e.settle(e.kicksOf(nil), done)
 	}
 }
 
+func (e *Enforcer) judgeAll() {
+	for _, u := range e.table.users {
+		e.judge(u, "narrowed")
+	}
+}
+
+// whole reports whether the View can be believed about a change: half a View
+// would deny everybody.
+func (e *Enforcer) whole() bool {
+	_, held := e.view.Lease()
+	return held || e.view.Complete()
+}
+
 // judge compares everything a user has open with what the View says now, closes
 // what is more than that, and hints at what is less.
 func (e *Enforcer) judge(u *session, why string) {
-	if e.services[u.nkey] {
-		return
-	}
 	now := e.cfg.Now()
 	a, err := e.view.Access(u.key)
 	if err != nil {
 		a = nil
 	}
-	if out := decide(a, err, now); out.reason == "expired" {
+	out := decide(a, nil, now)
+	if out.reason == "expired" {
 		why = "expired"
 	}
 	before := u.judged
 	u.judged = a
 	for _, c := range u.open {
 		switch {
-		case c.kick != nil:
+		case c.kick != nil, c.admitted == a && out.allow:
 		case e.exceeds(c, a, now):
 			e.kick(c, why)
 		case c.admitted == nil:
@@ -422,15 +466,12 @@ func (e *Enforcer) kick(c *connection, why string) {
 	e.cfg.Metrics.kicks.WithLabelValues(why).Inc()
 	k.timer = time.AfterFunc(kickPatience, func() { e.end(k.number, kickSilent) })
 	if why != "cap" {
-		e.until = now.Add(deadlineOfMints)
-		e.sweepBy(now.Add(sweepSpacing))
+		e.sweepOn()
 	}
 	e.run = append(e.run, func() {
 		body := strconv.AppendUint([]byte(`{"cid":`), c.id.cid, 10)
-		err := e.cfg.Control.PublishMsg(&nats.Msg{
-			Subject: "$SYS.REQ.SERVER." + c.id.server.id + ".KICK", Reply: e.inbox + "." + strconv.FormatUint(k.number, 10), Data: append(body, '}'),
-		})
-		if err != nil {
+		reply := e.inbox + "." + strconv.FormatUint(k.number, 10)
+		if err := e.send("$SYS.REQ.SERVER."+c.id.server.id+".KICK", reply, append(body, '}')); err != nil {
 			e.end(k.number, kickUnreachable)
 		}
 	})

@@ -1,11 +1,19 @@
 package callout
 
 import (
+	"errors"
+	"fmt"
+	"log/slog"
 	"slices"
+	"strings"
+	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/prometheus/client_golang/prometheus"
+	dto "github.com/prometheus/client_model/go"
 
 	"unibus.internal/bus"
 	"unibus.internal/bus/kv"
@@ -128,4 +136,363 @@ func TestWhatProvesThatAConnectionIsGone(t *testing.T) {
 			t.Errorf("%q is %s, want %s", data, got, want)
 		}
 	}
+}
+
+// ruling is what the View of an Enforcer says, as a test writes it.
+type ruling struct {
+	access         map[bus.UserKey]*kv.Access
+	broken         map[bus.UserKey]bool
+	narrowed       bool
+	lease, partial bool
+}
+
+func (r *ruling) Access(k bus.UserKey) (*kv.Access, error) {
+	if r.broken[k] {
+		return nil, errors.New("broken")
+	}
+	return r.access[k], nil
+}
+func (r *ruling) NarrowedSince(bus.UserKey, time.Time) bool { return r.narrowed }
+func (r *ruling) Lease() (time.Time, bool)                  { return time.Time{}, r.lease }
+func (r *ruling) Complete() bool                            { return !r.partial }
+func (r *ruling) Holders() []kv.Holder                      { return nil }
+
+// warden is an Enforcer on a ruling, with one user who is in room ops, and what
+// it has asked of servers.
+type warden struct {
+	*Enforcer
+	*ruling
+	scene *scene
+	user  bus.UserKey
+	fails error // of sending
+
+	sending sync.Mutex
+	sent    []string // kicks and hints: server, verb, body
+}
+
+func newWarden(t *testing.T) *warden {
+	t.Helper()
+	w := &warden{scene: newScene(t), ruling: &ruling{access: map[bus.UserKey]*kv.Access{}, broken: map[bus.UserKey]bool{}, lease: true}}
+	w.user = key(t, w.scene.client.pub)
+	w.access[w.user] = w.rights(t, kv.Grant{Room: "ops", Role: bus.Writer})
+	w.Enforcer = NewEnforcer(EnforcerConfig{
+		Service: &Service{effects: newEffects()}, Services: []string{"USERVICE"}, Node: "n1", Limit: 3,
+		Log: slog.New(slog.DiscardHandler), Metrics: NewEnforceMetrics(prometheus.NewRegistry()), Now: time.Now,
+	})
+	w.view = w.ruling
+	w.send = func(subject, _ string, data []byte) error {
+		w.sending.Lock()
+		defer w.sending.Unlock()
+		tokens := strings.Split(subject, ".")
+		w.sent = append(w.sent, tokens[len(tokens)-2]+" "+tokens[len(tokens)-1]+" "+string(data))
+		return w.fails
+	}
+	return w
+}
+
+func (w *warden) rights(t *testing.T, rooms ...kv.Grant) *kv.Access {
+	a := w.scene.access(t, rooms...)
+	a.User.ExpiresAt = nil
+	return a
+}
+
+// hears lets a server report that a connection has opened or closed.
+func (w *warden) hears(verb string, cid int, user string) {
+	w.told(&nats.Msg{Subject: "$SYS.ACCOUNT.BUS." + verb, Data: fmt.Appendf(nil,
+		`{"server":{"name":"n1","id":"NA"},"client":{"start":%q,"id":%d,"user":%q}}`, time.Now().UTC().Format(time.RFC3339Nano), cid, user)})
+}
+
+func (w *warden) opens(cid int) { w.hears("CONNECT", cid, w.scene.client.pub) }
+
+// changes lets the View apply a change and returns whether it has been enforced.
+func (w *warden) changes(c kv.Change, a *kv.Access) (done *bool) {
+	w.access[w.user] = a
+	done = new(bool)
+	w.Changed(c, func() { *done = true })
+	return done
+}
+
+func (w *warden) ofUser(room bus.RoomID) kv.Change { return kv.Change{User: w.user, Room: room} }
+
+func valueOf(t *testing.T, m prometheus.Metric) float64 {
+	t.Helper()
+	var d dto.Metric
+	must(t, m.Write(&d))
+	return d.GetCounter().GetValue()
+}
+
+func (w *warden) wantSent(t *testing.T, want ...string) {
+	t.Helper()
+	w.sending.Lock()
+	defer w.sending.Unlock()
+	if !slices.Equal(w.sent, want) {
+		t.Errorf("asked of servers: %q, want %q", w.sent, want)
+	}
+	w.sent = nil
+}
+
+func (w *warden) wantKnown(t *testing.T, want ...uint64) {
+	t.Helper()
+	var got []uint64
+	for id := range w.table.byID {
+		got = append(got, id.cid)
+	}
+	slices.Sort(got)
+	if !slices.Equal(got, want) {
+		t.Errorf("known are %v, want %v", got, want)
+	}
+}
+
+func kicked(cid int) string { return fmt.Sprintf(`NA KICK {"cid":%d}`, cid) }
+
+var ops, dev = kv.Grant{Room: "ops", Role: bus.Writer}, kv.Grant{Room: "dev", Role: bus.Reader}
+
+// An acknowledgement waits until every connection that the change ends is
+// closed, whichever way that becomes known; and for those that an earlier change
+// of the same user ended, since the newer revision stands for both.
+func TestAChangeIsEnforcedWhenItsConnectionsAreGone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWarden(t)
+		w.opens(1)
+		w.opens(2)
+		w.hears("CONNECT", 3, newPair(t, 0xa0, 9).pub) // somebody unknown
+		w.wantSent(t, kicked(3))
+		w.end(1, kickClosed)
+		first := w.changes(w.ofUser(""), nil)
+		second := w.changes(w.ofUser(""), nil)
+		w.wantSent(t, kicked(1), kicked(2))
+		w.end(2, kickGone)
+		if *first || *second {
+			t.Fatal("enforced while a connection lives")
+		}
+		w.hears("DISCONNECT", 2, "")
+		if !*first || !*second {
+			t.Error("not enforced when all are gone")
+		}
+		w.wantKnown(t)
+		if third := w.changes(w.ofUser(""), nil); !*third {
+			t.Error("a change that ends nothing waits")
+		}
+		w.wantSent(t)
+	})
+}
+
+// A server that does not answer holds an acknowledgement back for a second; what
+// it may still have open stays known, and unproven.
+func TestASilentServerIsNoProof(t *testing.T) {
+	for name, silence := range map[string]func(w *warden){
+		"no answer":     func(*warden) { <-time.After(kickPatience); synctest.Wait() },
+		"no responders": func(w *warden) { w.answered(&nats.Msg{Subject: w.inbox + ".1"}) },
+		"refused": func(w *warden) {
+			w.answered(&nats.Msg{Subject: w.inbox + ".1", Data: []byte(`{"error":{"code":500}}`)})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWarden(t)
+				w.opens(1)
+				done := w.changes(w.ofUser(""), nil)
+				if *done {
+					t.Fatal("enforced at once")
+				}
+				silence(w)
+				if !*done {
+					t.Error("waits for ever")
+				}
+				w.wantKnown(t, 1)
+				sum := 0.0
+				for _, result := range []string{kickSilent, kickUnreachable, kickRefused} {
+					sum += valueOf(t, w.cfg.Metrics.unproven.WithLabelValues(result))
+				}
+				if sum != 1 {
+					t.Errorf("%v unproven closings, want 1", sum)
+				}
+				if n := w.Connections(); n != 0 {
+					t.Errorf("%d connections on servers that answer", n)
+				}
+				w.wantSent(t, kicked(1))
+			})
+		})
+	}
+	synctest.Test(t, func(t *testing.T) {
+		w := newWarden(t)
+		w.opens(1)
+		w.fails = nats.ErrConnectionClosed
+		if done := w.changes(w.ofUser(""), nil); !*done {
+			t.Error("waits for a kick that was never sent")
+		}
+	})
+}
+
+// Only what takes something from a connection closes it. A room's change looks
+// at all who are connected.
+func TestWhatAChangeCloses(t *testing.T) {
+	for name, tt := range map[string]struct {
+		change func(w *warden) kv.Change
+		after  func(t *testing.T, w *warden) *kv.Access
+		want   []string
+	}{
+		"added to a room":     {func(w *warden) kv.Change { return w.ofUser("dev") }, func(t *testing.T, w *warden) *kv.Access { return w.rights(t, dev, ops) }, []string{`NA LDM {"cid":1}`}},
+		"removed":             {func(w *warden) kv.Change { return w.ofUser("ops") }, func(t *testing.T, w *warden) *kv.Access { return w.rights(t) }, []string{kicked(1)}},
+		"the room archived":   {func(*warden) kv.Change { return kv.Change{Room: "ops"} }, func(t *testing.T, w *warden) *kv.Access { return w.rights(t) }, []string{kicked(1)}},
+		"another room":        {func(*warden) kv.Change { return kv.Change{Room: "zoo"} }, func(_ *testing.T, w *warden) *kv.Access { return w.access[w.user] }, nil},
+		"another bus role":    {func(w *warden) kv.Change { return w.ofUser("") }, func(t *testing.T, w *warden) *kv.Access { a := w.rights(t, ops); a.User.Role = bus.Admin; return a }, nil},
+		"an unreadable user":  {func(w *warden) kv.Change { w.broken[w.user] = true; return w.ofUser("") }, func(*testing.T, *warden) *kv.Access { return nil }, []string{kicked(1)}},
+		"somebody else's key": {func(*warden) kv.Change { return kv.Change{User: bus.UserKey{7}} }, func(_ *testing.T, w *warden) *kv.Access { return w.access[w.user] }, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWarden(t)
+				w.opens(1)
+				w.hears("CONNECT", 2, "USERVICE")
+				a := tt.after(t, w)
+				w.changes(tt.change(w), a)
+				w.wantSent(t, tt.want...)
+			})
+		})
+	}
+}
+
+// A connection keeps the rights it was admitted with: what its user gained and
+// lost again was never its own.
+func TestWhatAConnectionNeverHadIsNotTakenFromIt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWarden(t)
+		w.opens(1)
+		w.changes(w.ofUser("dev"), w.rights(t, dev, ops))
+		w.wantSent(t, `NA LDM {"cid":1}`)
+		w.opens(2)
+		w.changes(w.ofUser("dev"), w.rights(t, ops))
+		w.wantSent(t, kicked(2))
+	})
+}
+
+// What this instance has admitted on an older state is closed when it opens,
+// and until then, and until it is closed, holds back the acknowledgement.
+func TestAConnectionIsLookedAtAgainWhenItOpens(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWarden(t)
+		h := &counter{}
+		old := w.rights(t, dev, ops)
+		w.cfg.Service.effects.begin(&call{serverID: "NA", clientID: 1}, old, h, time.Hour)
+		w.cfg.Service.effects.begin(&call{serverID: "NA", clientID: 2}, w.access[w.user], h, time.Hour)
+		w.opens(1)
+		w.wantSent(t, kicked(1))
+		h.want(t, 0)
+		w.end(1, kickClosed)
+		h.want(t, 1)
+		w.opens(2)
+		w.wantSent(t)
+		h.want(t, 2)
+		// A report that is late finds the hold gone and the rights remembered.
+		w.cfg.Service.effects.begin(&call{serverID: "NA", clientID: 3}, old, h, time.Second)
+		<-time.After(30 * time.Second)
+		synctest.Wait()
+		h.want(t, 3)
+		w.opens(3)
+		w.wantSent(t, kicked(3))
+	})
+}
+
+// Without a lease nobody is judged by what the View says of them; with one, all
+// are, also those whose beginning was not seen.
+func TestNobodyIsJudgedWithoutALease(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWarden(t)
+		w.lease, w.partial, w.access[w.user] = false, true, nil
+		w.opens(1)
+		w.Resync()
+		done := w.changes(w.ofUser(""), nil)
+		w.wantSent(t)
+		<-time.After(kickPatience / 2)
+		synctest.Wait()
+		if *done {
+			t.Error("a change is enforced by a View that is not whole")
+		}
+		w.lease, w.partial, w.access[w.user] = true, false, w.rights(t, ops)
+		w.Resync()
+		w.wantSent(t)
+		if !*done {
+			t.Error("not enforced when the View is whole")
+		}
+		w.partial, w.lease = true, false
+		w.opens(2)
+		late := w.changes(w.ofUser(""), nil)
+		<-time.After(kickPatience)
+		synctest.Wait()
+		if !*late {
+			t.Error("waits for ever")
+		}
+		w.partial, w.lease, w.narrowed, w.access[w.user] = false, true, true, w.rights(t, ops)
+		w.Resync()
+		w.wantSent(t, kicked(2)) // it opened unseen, and something was taken since
+	})
+}
+
+// An expiry ends connections at its moment, also one that is moved.
+func TestAnExpiryEndsConnectionsAtItsMoment(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWarden(t)
+		until := func(d time.Duration) *kv.Access {
+			a, e := w.rights(t, ops), time.Now().Add(d)
+			a.User.ExpiresAt = &e
+			return a
+		}
+		w.access[w.user] = until(3 * time.Hour)
+		w.opens(1)
+		w.changes(w.ofUser(""), until(2*time.Hour))
+		<-time.After(2*time.Hour - time.Nanosecond)
+		synctest.Wait()
+		w.wantSent(t)
+		<-time.After(time.Nanosecond)
+		synctest.Wait()
+		w.wantSent(t, kicked(1))
+		if n := valueOf(t, w.cfg.Metrics.kicks.WithLabelValues("expired")); n != 1 {
+			t.Errorf("%v closed as expired, want 1", n)
+		}
+		w.end(1, kickClosed)
+		w.access[w.user] = until(time.Hour)
+		w.opens(2)
+		w.hears("DISCONNECT", 2, "")
+		<-time.After(2 * time.Hour)
+		synctest.Wait()
+		w.wantSent(t)
+	})
+}
+
+// A list of a server closes what must not be, adds what no event told of, and
+// takes away what is gone, but not what has opened or closed while it was read.
+func TestAListCorrectsTheTable(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWarden(t)
+		w.opens(1)
+		w.opens(2)
+		<-time.After(time.Millisecond)
+		w.begin()
+		began := time.Now()
+		<-time.After(time.Millisecond)
+		w.opens(3)
+		w.hears("DISCONNECT", 2, "")
+		row := func(cid uint64, user string, age time.Duration) sight {
+			return sight{cid: cid, user: []byte(user), start: time.Now().Add(-age)}
+		}
+		stranger := newPair(t, 0xa0, 9).pub
+		l := &listing{server: "NA", node: "n1", rows: []sight{
+			row(2, w.scene.client.pub, time.Minute), row(4, w.scene.client.pub, time.Minute), row(5, w.scene.client.pub, time.Second),
+			row(6, stranger, time.Minute), row(7, stranger, time.Second), row(8, "USERVICE", time.Minute),
+		}}
+		w.mu.Lock()
+		w.take(lists{began: began, whole: map[string]*listing{"NA": l}}, "")
+		w.unlock()
+		w.wantKnown(t, 3, 4, 6, 7) // 1 is gone; 5 is so young that its event is awaited
+		w.wantSent(t, kicked(6), kicked(7))
+		if n := valueOf(t, w.cfg.Metrics.findings); n != 1 {
+			t.Errorf("%v findings, want only what events have missed", n)
+		}
+		w.mu.Lock()
+		w.reading = 1
+		w.take(lists{began: time.Now(), whole: map[string]*listing{"NB": {server: "NB", node: "n1"}}}, "")
+		w.unlock()
+		w.wantKnown(t) // the node was started again
+	})
 }

@@ -48,8 +48,12 @@ func (e *Enforcer) Run(ctx context.Context) {
 	defer func() { <-capping }()
 	for {
 		e.mu.Lock()
-		wait := e.due.Sub(e.cfg.Now())
+		wait, silent := e.due.Sub(e.cfg.Now()), slices.Sorted(maps.Keys(e.silent))
 		e.mu.Unlock()
+		sweep := wait <= sweepSpacing || len(silent) == 0
+		if !sweep {
+			wait = sweepSpacing
+		}
 		timer := time.NewTimer(wait)
 		select {
 		case <-ctx.Done():
@@ -58,8 +62,38 @@ func (e *Enforcer) Run(ctx context.Context) {
 		case <-e.wake:
 			timer.Stop()
 		case <-timer.C:
-			e.sweep(ctx)
+			if sweep || e.knock(ctx, silent) {
+				e.sweep(ctx)
+			}
 		}
+	}
+}
+
+// knock reports whether one of the nodes that did not answer does so now: what
+// it kept open while it was cut off must not live a moment longer.
+func (e *Enforcer) knock(ctx context.Context, nodes []string) bool {
+	ctx, cancel := context.WithTimeout(ctx, sweepSpacing/2)
+	defer cancel()
+	inbox := e.cfg.Control.NewInbox()
+	sub, err := e.cfg.Control.SubscribeSync(inbox)
+	if err != nil {
+		return false
+	}
+	defer func() { _ = sub.Unsubscribe() }()
+	for _, n := range nodes {
+		e.request(inbox, listRequest{Auth: true, Account: userAccount, Limit: 1, ServerName: n, Exact: true})
+	}
+	m, err := sub.NextMsgWithContext(ctx)
+	return err == nil && len(m.Data) > 0
+}
+
+func (e *Enforcer) request(inbox string, r listRequest) {
+	body, err := json.Marshal(r)
+	if err == nil {
+		err = e.send(listSubject, inbox, body)
+	}
+	if err != nil {
+		e.cfg.Log.Warn("servers were not asked", "err", err)
 	}
 }
 
@@ -91,7 +125,7 @@ func (e *Enforcer) sweep(ctx context.Context) {
 	e.take(lists, "")
 	e.noteSilent(lists.missing)
 	now := e.cfg.Now()
-	if len(lists.missing) > 0 || now.Before(e.until.Add(sweepSpacing)) {
+	if now.Before(e.until.Add(sweepSpacing)) {
 		e.sweepBy(now.Add(sweepSpacing))
 	}
 }
@@ -132,7 +166,7 @@ func (e *Enforcer) take(l lists, only string) {
 // correct makes the table say what a server's list says, and closes what must
 // not be. The list is of all users, or of one.
 func (e *Enforcer) correct(l *listing, began time.Time, only string) {
-	s := e.table.server([]byte(l.server), []byte(l.node))
+	s, _ := e.table.server([]byte(l.server), []byte(l.node))
 	s.silent = false
 	for _, old := range e.table.servers {
 		if old.node == s.node && old != s { // the same node, started again
@@ -144,13 +178,17 @@ func (e *Enforcer) correct(l *listing, began time.Time, only string) {
 	for _, row := range l.rows {
 		listed[row.cid] = true
 		id := connID{s, row.cid}
-		if e.gone[id] {
+		if e.gone[id] || e.services[string(row.user)] {
 			continue
 		}
 		c := e.table.byID[id]
 		if c != nil && c.of.nkey == string(row.user) {
 			e.found(c, now, true)
 			e.limit(c.of)
+			continue
+		}
+		if a, err := e.view.Access(keyOf(row.user)); now.Sub(row.start) < late && err == nil && decide(a, nil, now).allow {
+			e.sweepBy(now.Add(late)) // its event is on the way, or the next list has it again
 			continue
 		}
 		c = e.table.add(s, row, now)
@@ -172,7 +210,7 @@ func (e *Enforcer) correct(l *listing, began time.Time, only string) {
 // found judges one listed connection. Whether anything was about to close it
 // tells a connection that events and kicks have missed from one beside a change.
 func (e *Enforcer) found(c *connection, now time.Time, known bool) {
-	if _, held := e.view.Lease(); !held || e.services[c.of.nkey] || c.kick != nil {
+	if _, held := e.view.Lease(); !held || c.kick != nil {
 		return
 	}
 	a, err := e.view.Access(c.of.key)
@@ -262,10 +300,9 @@ func (e *Enforcer) ask(ctx context.Context, user string, patience time.Duration)
 	}
 	defer func() { _ = sub.Unsubscribe() }()
 	request := func(node string, offset int) {
-		body, _ := json.Marshal(listRequest{
+		e.request(inbox, listRequest{
 			Auth: true, Account: userAccount, User: user, Limit: pageLimit, Offset: offset, ServerName: node, Exact: node != "",
 		})
-		_ = e.cfg.Control.PublishRequest(listSubject, inbox, body) // unanswered, it is missing
 	}
 	request("", 0)
 	for len(waiting) > 0 || len(open) > 0 {
@@ -386,7 +423,7 @@ func speaker(node string, holders []kv.Holder) string {
 func (e *Enforcer) hint(c *connection) {
 	body, _ := json.Marshal(map[string]uint64{"cid": c.id.cid})
 	// Without a reply subject the server would not act.
-	if err := e.cfg.Control.PublishRequest("$SYS.REQ.SERVER."+c.id.server.id+".LDM", e.inbox+".0", body); err != nil {
+	if err := e.send("$SYS.REQ.SERVER."+c.id.server.id+".LDM", e.inbox+".0", body); err != nil {
 		e.cfg.Log.Warn("a hint was not sent", "err", err)
 	}
 }
