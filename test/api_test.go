@@ -40,6 +40,7 @@ func TestAPI(t *testing.T) {
 		{"who may", a.whoMay},
 		{"strict requests", a.strictRequests},
 		{"one 401", a.one401},
+		{"HTTP/2", a.http2},
 		{"every route was asked", a.complete},
 	} {
 		if !t.Run(s.name, s.test) {
@@ -636,6 +637,35 @@ func (a *apiWorld) one401(t *testing.T) {
 	if !json.Valid(want.body) || want.code() != bus.Unauthenticated {
 		t.Errorf("401: %s", want)
 	}
+}
+
+// The same requests come over HTTP/2, where neither Host nor a request line is
+// on the wire as such.
+func (a *apiWorld) http2(t *testing.T) {
+	c := a.api(1, a.bob)
+	transport := &http.Transport{TLSClientConfig: a.trust.Clone(), ForceAttemptHTTP2: true}
+	c.http = &http.Client{Transport: protocol{t, transport, 2}, Timeout: 10 * time.Second}
+	t.Cleanup(transport.CloseIdleConnections)
+	c.want(t, 200, "GET", "/v1/rooms?limit=5", nil)
+	c.want(t, http.StatusForbidden, "POST", "/v1/invites", dict{"role": "admin"})
+	other := a.api(1, newPerson(t, "nobody"))
+	other.http = c.http
+	other.want(t, http.StatusUnauthorized, "GET", "/v1/rooms", nil)
+}
+
+// protocol wants every answer to come over one version of HTTP.
+type protocol struct {
+	t     *testing.T
+	next  http.RoundTripper
+	major int
+}
+
+func (p protocol) RoundTrip(r *http.Request) (*http.Response, error) {
+	resp, err := p.next.RoundTrip(r)
+	if err == nil && resp.ProtoMajor != p.major {
+		p.t.Errorf("answered over %s", resp.Proto)
+	}
+	return resp, err
 }
 
 // Nothing that is documented was left out above.

@@ -37,7 +37,9 @@ var controls = []control{
 	{guard.Cap, "test", "TestEnforceCap", true},
 	{guard.LowOrderKey, "bus", "TestKeysThatAnyoneCouldSignForAreRefused", false},
 	{guard.RequestSignature, "bus/sig", "TestEveryByteOfARequestIsSigned", false},
+	{guard.Authorize, "services/membership/api", "TestMay", false},
 	{guard.CallerRecheck, "test", "TestLifecycle", true},
+	{guard.CallerRecheck, "test", "TestAPIPausedRequest", true},
 	{guard.NonceOnce, "test", "TestLifecycle", true},
 }
 

@@ -28,6 +28,7 @@ const (
 	Sweep              Name = "sweep"                // off: sweeps find nothing
 	Cap                Name = "cap"                  // off: a user may hold any number of connections
 	RequestSignature   Name = "request-signature"    // off: the signature of a request is not verified
+	Authorize          Name = "authorize"            // off: everybody may do everything over the API
 	CallerRecheck      Name = "caller-recheck"       // off: who asked for a change is not looked at again before it is written
 	NonceOnce          Name = "nonce-once"           // off: a nonce is good more than once
 )

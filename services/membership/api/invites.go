@@ -107,6 +107,7 @@ func enroll(s spec) operation {
 		defer cancel()
 		e := a.audit.entry(n.key, n.request, n.from, inviteRedeem, target{user: n.key})
 		if err := a.audit.attempt(ctx, e); err != nil {
+			x.w.Header().Set(bus.EffectHeader, bus.EffectNone)
 			return err
 		}
 		guard.Pause("mutate")
