@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -229,6 +230,11 @@ func (a *app) auditVerify(c *cli.Context) error {
 	r, err := b.VerifyAudit(ctx, signers)
 	if err != nil {
 		return err
+	}
+	// Whoever rewrites all of it can leave the checkpoints out.
+	if len(signers) > 0 && !slices.ContainsFunc(r.Signers, func(s string) bool { return slices.Contains(signers, s) }) {
+		r.OK = false
+		r.Findings = append(r.Findings, bus.AuditFinding{Problem: "no checkpoint is signed by a trusted key"})
 	}
 	err = a.print(map[string]any{"report": r}, func(t table.Writer) {
 		t.AppendRows([]table.Row{

@@ -1,8 +1,10 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/jedib0t/go-pretty/v6/table"
@@ -148,6 +150,7 @@ func (a *app) roomShow(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	byHandle(r.Members)
 	return a.print(map[string]any{"room": r}, func(t table.Writer) {
 		t.AppendRows([]table.Row{
 			{"room", r.Room},
@@ -179,11 +182,19 @@ func (a *app) roomMembers(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	byHandle(members)
 	return a.print(map[string]any{"room": id, "members": members}, func(t table.Writer) {
 		t.AppendHeader(table.Row{"handle", "role", "status", "user", "nkey", "added"})
 		for _, m := range members {
 			t.AppendRow(table.Row{m.Handle, m.Role, m.Status, m.UserStatus, m.NKey, m.AddedAt.Format(time.DateOnly)})
 		}
+	})
+}
+
+// byHandle sorts members as people look for them.
+func byHandle(members []bus.MemberInfo) {
+	slices.SortFunc(members, func(x, y bus.MemberInfo) int {
+		return cmp.Or(cmp.Compare(x.Handle, y.Handle), cmp.Compare(x.Status, y.Status), slices.Compare(x.SignPub[:], y.SignPub[:]))
 	})
 }
 

@@ -170,7 +170,7 @@ func (a *app) userList(c *cli.Context) error {
 	})
 	// A handle may be that of a revoked key and of the one that took it over.
 	slices.SortFunc(users, func(x, y bus.UserInfo) int {
-		return cmp.Or(cmp.Compare(x.Handle, y.Handle), slices.Compare(x.SignPub[:], y.SignPub[:]))
+		return cmp.Or(cmp.Compare(x.Handle, y.Handle), cmp.Compare(x.Status, y.Status), slices.Compare(x.SignPub[:], y.SignPub[:]))
 	})
 	if c.Bool("names") {
 		for _, u := range users {
@@ -302,7 +302,7 @@ func (a *app) userRotate(c *cli.Context) error {
 			return a.plan(fmt.Sprintf("give handle and role of %s (%s) to %s, with these rooms, and revoke %s", u.Handle, u.Role, to, u.NKey), loses(u)...)
 		})
 	}
-	if err := a.confirm(fmt.Sprintf("give all that %s has to %s and revoke the old key for good?", user, to)); err != nil {
+	if err := a.confirm(fmt.Sprintf("rotate %s to the new key and revoke the old one for good?", user)); err != nil {
 		return err
 	}
 	return a.changing(c.Context, func(ctx context.Context, b backend) (bus.Change, error) { return b.RotateUser(ctx, user, to) })

@@ -21,7 +21,7 @@ type auditReportAnswer struct {
 type auditQuery struct {
 	User   userName      `query:"user" doc:"who is concerned"`
 	Room   bus.RoomID    `query:"room"`
-	Action auditWord     `query:"action"`
+	Action auditWord     `query:"action" doc:"exactly, or all that begin so with a star: user.*"`
 	Actor  auditActor    `query:"actor" doc:"who asked: a user, or direct"`
 	Kind   bus.AuditKind `query:"kind"`
 	Since  time.Time     `query:"since"`

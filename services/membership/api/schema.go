@@ -89,7 +89,7 @@ type inviteToken string
 // inviteID names an invite.
 type inviteID string
 
-// auditWord is the name of an action.
+// auditWord is the name of an action, or with a star what it begins with.
 type auditWord string
 
 // auditActor is a user, or direct.
@@ -133,7 +133,7 @@ func scalarOf(t reflect.Type) (schema, bool) {
 	case reflect.TypeFor[inviteID]():
 		return str(`^[0-9a-f]{16}$`, ""), true
 	case reflect.TypeFor[auditWord]():
-		return str(`^[a-z][a-z._-]{0,63}$`, "such as user.add"), true
+		return str(`^[a-z][a-z._-]{0,62}\*?$`, "such as user.add"), true
 	case reflect.TypeFor[auditActor]():
 		return str(`^([a-z][a-z0-9_-]{0,31}|[0-9a-f]{64}|U[A-Z2-7]{55})$`, ""), true
 	case reflect.TypeFor[inviteToken]():
