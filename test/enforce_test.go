@@ -3,6 +3,7 @@ package test
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -14,7 +15,6 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
-	"github.com/nats-io/nats.go/jetstream"
 
 	"unibus.internal/bus"
 	"unibus.internal/bus/kv"
@@ -188,6 +188,9 @@ func TestEnforce(t *testing.T) {
 	t.Run("revoke", e.revoke)
 	t.Run("removal", e.removal)
 	t.Run("role down", e.roleDown)
+	t.Run("suspend", e.suspend)
+	t.Run("archive", e.archive)
+	t.Run("expiry", e.expiry)
 	t.Run("add", e.add)
 	wantOpen(t, e.bystanders...)
 	w.foundNothing()
@@ -371,6 +374,61 @@ func (e *enforced) roleDown(t *testing.T) {
 	wantOpen(t, reader) // it never had more than it has now
 }
 
+// suspend closes and keeps out, resume lets in again.
+func (e *enforced) suspend(t *testing.T) {
+	p := e.addUser("suspended")
+	raw := e.rawEverywhere(p)
+	if _, err := e.store.SuspendUser(t.Context(), p.key); err != nil {
+		t.Fatal(err)
+	}
+	wantClosed(t, raw...)
+	for i, v := range e.everywhere(p) {
+		if v == admitted {
+			t.Errorf("n%d admits", i+1)
+		}
+	}
+	if _, err := e.store.ResumeUser(t.Context(), p.key); err != nil {
+		t.Fatal(err)
+	}
+	wantOpen(t, e.rawEverywhere(p)...)
+}
+
+// archive closes the connections of every member, and of nobody else.
+func (e *enforced) archive(t *testing.T) {
+	owner := e.addUser("archivist")
+	e.addRoom("old", owner, kv.RoomOptions{})
+	var members []*wire.Conn
+	for n := range 6 {
+		p := e.addUser(fmt.Sprintf("old%d", n))
+		e.join("old", p, bus.Reader)
+		members = append(members, e.connectRaw(n%3+1, p))
+	}
+	if _, err := e.store.ArchiveRoom(t.Context(), "old"); err != nil {
+		t.Fatal(err)
+	}
+	wantClosed(t, members...)
+	if err := e.connectRaw(1, owner).Sub("room.old.>", "", "1"); !errors.Is(err, wire.ErrDenied) {
+		t.Errorf("the owner subscribes to an archived room: %v", err)
+	}
+}
+
+// expiry that is set on somebody who is connected ends them at its moment.
+func (e *enforced) expiry(t *testing.T) {
+	p := e.addUser("expiring")
+	raw := e.rawEverywhere(p)
+	at := time.Now().Add(2 * time.Second).Truncate(time.Millisecond)
+	if _, err := e.store.PatchUser(t.Context(), p.key, kv.UserPatch{Expires: true, ExpiresAt: &at}); err != nil {
+		t.Fatal(err)
+	}
+	for time.Until(at) > 200*time.Millisecond {
+		if closed := closedOf(raw); len(closed) > 0 {
+			t.Fatalf("closed are %v, %s before the expiry", closed, time.Until(at))
+		}
+	}
+	hold(t.Context(), time.Until(at))
+	wantClosed(t, raw...)
+}
+
 // add to a room drops nothing: the same connection goes on without losing a
 // message, and its user is told once.
 func (e *enforced) add(t *testing.T) {
@@ -523,7 +581,9 @@ func TestEnforceAcrossRestarts(t *testing.T) {
 	}
 	wantOpen(t, lost...) // nobody is there to close them: the limit that the threat model states
 	expiry := time.Now().Add(15 * time.Second)
-	w.expire(expiring, expiry)
+	if _, err := w.store.PatchUser(t.Context(), expiring.key, kv.UserPatch{Expires: true, ExpiresAt: &expiry}); err != nil {
+		t.Fatal(err)
+	}
 	for _, i := range w.Nodes() {
 		w.StartNode(i, cluster.Authcallout)
 	}
@@ -590,26 +650,4 @@ func TestEnforceSilentServer(t *testing.T) {
 	}
 	wantOpen(t, kept...)
 	w.foundNothing()
-}
-
-// expire records an expiry, which no command sets yet.
-func (w *world) expire(p *person, at time.Time) {
-	w.t.Helper()
-	u, rev, ok := w.view.User(p.key)
-	if !ok {
-		w.t.Fatalf("no record of %s", p.name)
-	}
-	u.ExpiresAt = &at
-	value, err := json.Marshal(u)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	js, err := jetstream.New(w.Ops())
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	m := &nats.Msg{Subject: "$KV." + kv.Users + "." + p.key.Hex(), Data: value}
-	if _, err := js.PublishMsg(w.t.Context(), m, jetstream.WithExpectLastSequencePerSubject(rev)); err != nil {
-		w.t.Fatal(err)
-	}
 }

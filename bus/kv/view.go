@@ -125,6 +125,14 @@ type roomEntry struct {
 	at   int64 // stream time in milliseconds
 }
 
+// ended is when a room that is no more active ended, in milliseconds.
+func (r roomEntry) ended() int64 {
+	if r.room.ArchivedAt != nil {
+		return r.room.ArchivedAt.UnixMilli()
+	}
+	return r.at
+}
+
 type memberEntry struct {
 	m   bus.Membership
 	rev uint64
@@ -269,7 +277,7 @@ func (v *View) NarrowedSince(k bus.UserKey, since time.Time) bool {
 			return true
 		case m.m.Status == bus.Present && m.at > after && !m.m.Role.MayPublish():
 			return true // was a writer before, for all that is known
-		case ok && r.room.Status != bus.RoomActive && r.at > after:
+		case ok && r.room.Status != bus.RoomActive && r.ended() > after:
 			return true
 		}
 	}

@@ -488,6 +488,7 @@ func TestAnAcknowledgementWaitsForTheEnforcement(t *testing.T) {
 func TestNarrowedSince(t *testing.T) {
 	alice, began := newKey(t), time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
 	before, after := began.Add(-time.Minute), began.Add(time.Minute)
+	const archivedBefore bus.RoomStatus = "archived with the record of when"
 	m := func(role bus.RoomRole, removed *time.Time) bus.Membership {
 		m := bus.Membership{V: 1, Room: "ops", User: alice, Role: role, Status: bus.Present, RemovedAt: removed}
 		if removed != nil {
@@ -510,6 +511,7 @@ func TestNarrowedSince(t *testing.T) {
 		"removed since":                   {m(bus.Writer, &after), after, bus.RoomActive, before, true},
 		"archived before":                 {m(bus.Writer, nil), before, bus.RoomArchived, before, false},
 		"archived since":                  {m(bus.Writer, nil), before, bus.RoomArchived, after, true},
+		"archived before, proven again":   {m(bus.Writer, nil), before, archivedBefore, after, false},
 		"unreadable":                      {"?", before, bus.RoomActive, before, true},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -517,7 +519,11 @@ func TestNarrowedSince(t *testing.T) {
 			c.t = tt.at
 			put(t, v, membersIdx, 1, memberKey("ops", alice), encode(t, tt.member))
 			c.t = tt.roomAt
-			put(t, v, roomsIdx, 1, "ops", encode(t, bus.Room{V: 1, ID: "ops", Status: tt.room, Creator: alice}))
+			room := bus.Room{V: 1, ID: "ops", Status: tt.room, Creator: alice}
+			if tt.room == archivedBefore {
+				room.Status, room.ArchivedAt = bus.RoomArchived, &before
+			}
+			put(t, v, roomsIdx, 1, "ops", encode(t, room))
 			if got := v.NarrowedSince(alice, began); got != tt.narrows {
 				t.Errorf("NarrowedSince = %v, want %v", got, tt.narrows)
 			}

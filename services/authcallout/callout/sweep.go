@@ -224,7 +224,8 @@ func (e *Enforcer) found(c *connection, now time.Time, known bool) {
 	missed := now.Sub(c.start) > late
 	if known {
 		expiring := a != nil && a.User.ExpiresAt != nil && now.Sub(*a.User.ExpiresAt) < sweepSpacing
-		missed = c.of.judged == a && !expiring && !c.unproven
+		judged := c.of.judged == a || c.of.judged == nil && now.Sub(c.seen) > sweepSpacing/2 // else that is about to happen
+		missed = judged && !expiring && !c.unproven
 	}
 	if !missed {
 		e.kick(c, "narrowed")
