@@ -7,8 +7,13 @@ package bus
 // RoomPublish is the one subject space in which a user may send into a room.
 // It carries the sender, so the server's permission check is the proof of who
 // sent: room.<room>.<U>.<topic...>.
-func RoomPublish(room RoomID, user UserKey) string {
-	return "room." + string(room) + "." + user.NKey() + ".>"
+func RoomPublish(room RoomID, user UserKey) string { return RoomPublishBy(user)(room) }
+
+// RoomPublishBy is RoomPublish for one user and many rooms: to spell the key
+// again for each costs more than all other work on a list of rights.
+func RoomPublishBy(user UserKey) func(RoomID) string {
+	behind := "." + user.NKey() + ".>"
+	return func(room RoomID) string { return "room." + string(room) + behind }
 }
 
 // RoomSubject is the subject of one message; topic is one or more valid tokens

@@ -142,9 +142,10 @@ func (a *Access) Permissions() (publish, subscribe []bus.SubjectRule) {
 	publish = make([]bus.SubjectRule, 0, len(a.Rooms))
 	subscribe = make([]bus.SubjectRule, 0, len(a.Rooms)+2)
 	subscribe = append(subscribe, bus.SubjectRule{Subject: bus.InboxSubscribe(a.User.Key)}, bus.SubjectRule{Subject: bus.NoticeSubscribe(a.User.Key)})
+	say := bus.RoomPublishBy(a.User.Key)
 	for _, g := range a.Rooms {
 		if g.Role.MayPublish() {
-			publish = append(publish, bus.SubjectRule{Subject: bus.RoomPublish(g.Room, a.User.Key), Room: g.Room, Role: g.Role})
+			publish = append(publish, bus.SubjectRule{Subject: say(g.Room), Room: g.Room, Role: g.Role})
 		}
 		if g.Role.Rank() == 0 {
 			continue

@@ -164,8 +164,9 @@ func (p permissions) check(user bus.UserKey) error {
 			return errors.New("a direction without rules would allow everything")
 		}
 	}
+	say := bus.RoomPublishBy(user)
 	for _, s := range p.Pub.Allow {
-		if room, ok := roomOf(s); !ok || s != bus.RoomPublish(room, user) {
+		if room, ok := roomOf(s); !ok || s != say(room) {
 			return fmt.Errorf("publish %q is no right of %s", s, user)
 		}
 	}
@@ -181,12 +182,10 @@ func (p permissions) check(user bus.UserKey) error {
 
 // roomOf is the room that a subject names in its second token.
 func roomOf(subject string) (bus.RoomID, bool) {
-	tokens := strings.SplitN(subject, ".", 3)
-	if len(tokens) != 3 {
-		return "", false
-	}
-	id, err := bus.ParseRoomID(tokens[1])
-	return id, err == nil
+	_, rest, ok1 := strings.Cut(subject, ".")
+	token, _, ok2 := strings.Cut(rest, ".")
+	id, err := bus.ParseRoomID(token)
+	return id, ok1 && ok2 && err == nil
 }
 
 // permissionsOf renders a user's permissions once per change.
