@@ -4,6 +4,7 @@ import (
 	"context"
 	"net/http"
 	"reflect"
+	"strings"
 	"time"
 
 	"unibus.internal/bus"
@@ -39,7 +40,7 @@ func (a *api) createInvite(_ *caller, in *createInviteRequest) (plan, error) {
 	b := in.Body
 	return plan{
 		action: inviteCreate, target: func(*caller) target { return target{} },
-		detail: summary("role", string(b.Role), "handle", string(b.Handle)),
+		detail: strings.TrimSuffix(summary("role", string(b.Role), "handle", string(b.Handle)), " handle "),
 		do: func(ctx context.Context, s *kv.Store) (effect, error) {
 			i, err := s.CreateInvite(ctx, kv.InviteRequest{
 				Role: b.Role, Handle: b.Handle, Rooms: b.Rooms, TTL: time.Duration(b.ExpiresInSeconds) * time.Second,
@@ -138,7 +139,7 @@ func inviteOperations() []operation {
 		}, inviteList, (*api).invites),
 		change[invitePath, inviteWithdrawnAnswer](spec{
 			id: "withdrawInvite", method: http.MethodDelete, path: "/v1/invites/{id}", tag: "invites", summary: "Withdraw an invite",
-			detail: "Admins only.", answer: inviteWithdrawnAnswer{exampleInvite, false},
+			detail: "Admins only. Goes on when the audit cannot be written.", answer: inviteWithdrawnAnswer{exampleInvite, false},
 			errors: []int{http.StatusForbidden, http.StatusNotFound, http.StatusConflict},
 		}, http.StatusOK, (*api).withdrawInvite),
 		enroll(spec{

@@ -196,7 +196,7 @@ func (a *api) authorize(c *caller, act action, t target) error {
 
 // urgent are the changes that take access away. They are made even if the
 // audit cannot be written: else who can stop the audit could stop every revoke.
-var urgent = map[action]bool{userRevoke: true, userSuspend: true, memberRemove: true}
+var urgent = map[action]bool{userRevoke: true, userSuspend: true, roomArchive: true, memberRemove: true, inviteWithdraw: true}
 
 // make authorizes a change, announces it in the audit, makes it, and records
 // what came of it. It goes on when the client is gone: a change that was begun

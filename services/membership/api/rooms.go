@@ -269,7 +269,7 @@ func roomOperations() []operation {
 		}, http.StatusOK, (*api).patchRoom),
 		change[roomPath, bus.Change](spec{
 			id: "archiveRoom", method: http.MethodDelete, path: "/v1/rooms/{room}", tag: "rooms", summary: "Archive a room for good",
-			detail: "Owners and admins. Nobody reaches it any more; its record stays. " + noOracle, answer: exampleChange, errors: changes,
+			detail: "Owners and admins. Nobody reaches it any more; its record stays. Goes on when the audit cannot be written. " + noOracle, answer: exampleChange, errors: changes,
 		}, http.StatusOK, (*api).archiveRoom),
 		read(spec{
 			id: "listMembers", method: http.MethodGet, path: "/v1/rooms/{room}/members", tag: "rooms", summary: "List the members of a room",
