@@ -68,10 +68,11 @@ bench: ## Measure a real cluster beside one of static users: the table of docs/p
 	$(IN_TEST) -timeout 60m -run '^$$' -bench . -benchtime 1x .
 
 FUZZTIME ?= 20s
-fuzz: ## Fuzz every fuzz target for FUZZTIME
+fuzz: ## Fuzz every fuzz target for FUZZTIME, then a cluster by its own OpenAPI document
 	@for m in $(MODULES); do (cd $$m && for p in $$(go list ./...); do \
 		for f in $$(go test -list '^Fuzz' $$p | grep '^Fuzz' || true); do \
 			go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) $$p; done; done) || exit; done
+	$(IN_TEST) -race -v -timeout 30m -run 'SchemaFuzz' .
 
 .PHONY: check check-tools check-format check-lint check-modules check-config check-shell check-units check-binaries check-tree
 check: check-tree check-format check-lint check-modules check-shell check-units check-binaries check-config ## Everything that must be clean before a commit, except the tests

@@ -3,9 +3,13 @@ package api
 import (
 	"bytes"
 	"encoding/json"
+	"net/http"
 	"os"
+	"slices"
 	"strings"
 	"testing"
+
+	"github.com/go-chi/chi/v5"
 )
 
 // The page in docs is what the service serves. Write it anew with
@@ -56,4 +60,36 @@ func countPath(o operation) (n int) {
 		}
 	}
 	return n
+}
+
+// The document lists every route but its own, and no other.
+func TestTheDocumentIsTheRoutes(t *testing.T) {
+	var doc struct {
+		Paths map[string]map[string]any
+	}
+	if err := json.Unmarshal(openAPI("v1"), &doc); err != nil {
+		t.Fatal(err)
+	}
+	var documented, served []string
+	for path, methods := range doc.Paths {
+		for method := range methods {
+			documented = append(documented, strings.ToUpper(method)+" "+path)
+		}
+	}
+	s, _ := newTestServer(t, nil)
+	for _, routes := range []chi.Router{s.public, s.signed} {
+		if err := chi.Walk(routes, func(method, route string, _ http.Handler, _ ...func(http.Handler) http.Handler) error {
+			if route != "/openapi.json" && method != http.MethodHead { // HEAD is what GET is, without a body
+				served = append(served, method+" "+route)
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	slices.Sort(documented)
+	slices.Sort(served)
+	if !slices.Equal(documented, served) {
+		t.Errorf("documented %q\nserved %q", documented, served)
+	}
 }
