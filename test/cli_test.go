@@ -4,9 +4,11 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -41,6 +43,7 @@ func TestCLI(t *testing.T) {
 	t.Run("audit", func(t *testing.T) { auditOverBoth(t, direct, api) })
 	t.Run("self-service", func(t *testing.T) { selfService(t, api) })
 	t.Run("any request", func(t *testing.T) { anyRequest(t, api) })
+	t.Run("without an audit", func(t *testing.T) { withoutAudit(t, direct, api) })
 	t.Run("dead nodes", func(t *testing.T) { deadNodes(t, api) })
 }
 
@@ -357,14 +360,15 @@ func auditOverBoth(t *testing.T, ways ...*way) {
 	t.Run("filters", func(t *testing.T) {
 		for _, y := range ways {
 			for _, f := range []struct{ args, words, not string }{
-				{"--room " + y.name("ops"), "room.member.set", "user.suspend"},
-				{"--action user.*", "user.add", "room.create"},
-				{"--kind connect", "allow", "attempt"},
-				{"--actor direct --kind attempt", "direct", y.admin.key.NKey()},
+				{"--room " + y.name("ops") + " --json", "room.member.set", "user.suspend"},
+				{"--action user.* --json", "user.add", "room.create"},
+				{"--kind connect --json", "allow", "attempt"},
+				{"--actor direct --kind attempt --json", "direct", y.admin.key.NKey()},
+				{"--actor " + y.admin.name, " admin ", y.admin.key.NKey()},
 				{"--limit 1", "", ""},
 			} {
 				r := y.run(append([]string{"audit", "list"}, strings.Fields(f.args)...)...)
-				if r.Code != 0 || !strings.Contains(r.Stdout, f.words) || f.not != "" && strings.Contains(r.Stdout, " "+f.not) {
+				if r.Code != 0 || !strings.Contains(r.Stdout, f.words) || f.not != "" && strings.Contains(r.Stdout, f.not) {
 					t.Errorf("audit list %s: exit %d, want %q and no %q: %.2000s%s", f.args, r.Code, f.words, f.not, r.Stdout, r.Stderr)
 				}
 				if f.args == "--limit 1" && strings.Count(r.Stdout, "\n") != 2 {
@@ -374,6 +378,11 @@ func auditOverBoth(t *testing.T, ways ...*way) {
 			if r := y.run("audit", "list", "--user", "nobody"); r.Code != 1 || !strings.Contains(r.Stderr, "no user nobody") {
 				t.Errorf("audit of nobody: exit %d: %s", r.Code, r.Stderr)
 			}
+		}
+	})
+	t.Run("tail", func(t *testing.T) {
+		for _, y := range ways {
+			y.tails(t)
 		}
 	})
 	t.Run("verify", func(t *testing.T) {
@@ -400,6 +409,86 @@ func auditOverBoth(t *testing.T, ways ...*way) {
 				t.Errorf("exit %d, want 1 and %q: %s%s", r.Code, want, r.Stdout, r.Stderr)
 			}
 		}
+	})
+}
+
+// tails follows the audit until it is interrupted.
+func (y *way) tails(t *testing.T) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), filepath.Join(y.Bin, "unibusctl"), append(append([]string{}, y.flags...), "audit", "tail", "--action", "room.*")...)
+	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + y.Dir}
+	for k, v := range y.CLIEnv(filepath.Join(y.Dir, "admin.nk")) {
+		cmd.Env = append(cmd.Env, k+"="+v)
+	}
+	var said lockedBuffer
+	cmd.Stdout, cmd.Stderr = &said, &said
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	round := 0
+	cluster.WaitFor(t, 20*time.Second, "the tail to show a change", func() error {
+		round++
+		if r := y.run("room", "set", y.name("ops"), "--description", fmt.Sprintf("round %d", round)); r.Code != 0 {
+			return fmt.Errorf("exit %d: %s", r.Code, r.Stderr)
+		}
+		if !strings.Contains(said.String(), "outcome room.set ok") {
+			return fmt.Errorf("it said %q", said.String())
+		}
+		return nil
+	})
+	if err := cmd.Process.Signal(syscall.SIGINT); err != nil {
+		t.Fatal(err)
+	}
+	_ = cmd.Wait()
+	if code := cmd.ProcessState.ExitCode(); code != 130 {
+		t.Errorf("exit %d after SIGINT: %s", code, said.String())
+	}
+}
+
+// withoutAudit takes the stream away: what takes access away is done all the
+// same and says so on a node, everything else is refused and changes nothing.
+func withoutAudit(t *testing.T, direct, api *way) {
+	js, err := jetstream.New(direct.Ops())
+	if err != nil {
+		t.Fatal(err)
+	}
+	people := map[*way]*person{direct: direct.addUser("narrow-d"), api: api.addUser("narrow-a")}
+	if err := js.DeleteStream(t.Context(), kv.AuditStream); err != nil {
+		t.Fatal(err)
+	}
+	for _, y := range []*way{direct, api} {
+		name, wide := y.name("narrow"), y.name("wide")
+		r := y.run("user", "add", "--handle", wide, "--sign-pub", newPerson(t, "x").key.NKey())
+		if r.Code != 3 || !strings.Contains(r.Stderr, "audit") || r.Stdout != "" {
+			t.Errorf("an add without an audit: exit %d: %s%s", r.Code, r.Stdout, r.Stderr)
+		}
+		if r := y.run("user", "show", wide); r.Code != 1 || !strings.Contains(r.Stderr, "no user") {
+			t.Errorf("and there it is: exit %d: %s%s", r.Code, r.Stdout, r.Stderr)
+		}
+		for _, verb := range [][]string{{"user", "suspend", name}, {"user", "revoke", name, "--yes"}} {
+			r := y.run(verb...)
+			if r.Code != 0 || !strings.Contains(r.Stdout, "proven by") || strings.Contains(r.Stderr, "WARNING: the audit cannot be written") != (y == direct) {
+				t.Errorf("%v without an audit: exit %d: %s%s", verb, r.Code, r.Stdout, r.Stderr)
+			}
+		}
+		for i, v := range y.everywhere(people[y]) {
+			if v == admitted {
+				t.Errorf("n%d admits %s", i+1, name)
+			}
+		}
+	}
+	for _, s := range kv.Streams() {
+		if s.Name == kv.AuditStream {
+			if _, err := js.CreateStream(t.Context(), s); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	cluster.WaitFor(t, 20*time.Second, "the audit to be written again", func() error {
+		if r := api.run("user", "add", "--handle", "again", "--sign-pub", newPerson(t, "x").key.NKey()); r.Code != 0 {
+			return fmt.Errorf("exit %d: %s", r.Code, r.Stderr)
+		}
+		return nil
 	})
 }
 

@@ -95,34 +95,34 @@ try unibusctl cluster status
 ok "three healthy nodes"
 
 step "The first admin is there, made once, when the cluster was made"
-try unibusctl --direct user list
+try unibusctl user list
 admin=$(unibusctl identity show "$UNIBUS_IDENTITY" --json | sed -nE 's/.*"nkey": *"(U[A-Z0-9]+)".*/\1/p')
 grep -qE "^ *admin +admin +active +$admin" "$work/out" || fail "the list does not show the admin with the key of $UNIBUS_IDENTITY"
 refused "already bootstrapped" unibusctl --direct bootstrap --handle "second-$id" --sign-pub "$admin"
 ok "one first admin, and never a second"
 
-step "Two users and a stranger make their own keys; a seed never leaves its owner"
-for who in "$alice" "$bob" "$mallory"; do
+step "The admin invites a newcomer, who joins with one command: key, user, nats context, first connection"
+try unibusctl invite create --handle "$alice"
+read -ra join < <(grep '^unibusctl join ' "$work/out")
+try "${join[@]}" --out "$work/$alice.nk" --name "$alice"
+refused "invite is not accepted" "${join[@]}" --out "$work/thief.nk"
+ok "a user who made their own key; the invite is worth nothing any more"
+
+step "A second user and a stranger make their own keys; a seed never leaves its owner"
+for who in "$bob" "$mallory"; do
 	try unibusctl identity new --out "$work/$who.nk"
 done
-ok "three identities"
+ok "two identities"
 
-step "The admin registers two of the public keys"
-for who in "$alice" "$bob"; do
-	try unibusctl --direct user add --handle "$who" --sign-pub "$(key "$who")" --role member
-	grep -q '^KV_UNIBUS_users: leader=n[1-3] ' "$work/out" || fail "no line about the users bucket"
-done
-refused "already registered" unibusctl --direct user add --handle "other-$id" --sign-pub "$(key "$alice")"
+step "The admin registers one of the public keys, on a node this time"
+try unibusctl --direct user add --handle "$bob" --sign-pub "$(key "$bob")" --role member
+grep -q '^KV_UNIBUS_users: leader=n[1-3] ' "$work/out" || fail "no line about the users bucket"
+refused "already registered" unibusctl user add --handle "other-$id" --sign-pub "$(key "$alice")"
+try unibusctl user context "$bob" --identity "$work/$bob.nk" --name "$bob"
 ok "two users; a key is registered once"
 
-step "Contexts for the stock nats program"
-for who in "$alice" "$bob"; do
-	try unibusctl --direct user context "$who" --identity "$work/$who.nk" --name "$who"
-done
-ok "two contexts"
-
 step "A room of $alice"
-try unibusctl --direct room create "$room" --owner "$alice"
+try unibusctl room create "$room" --identity "$work/$alice.nk"
 ok "the room is there"
 
 step "A stranger is not let in"
@@ -134,9 +134,9 @@ refused "Permissions Violation for Publish" nats --context "$bob" pub "$(topic "
 refused "Permissions Violation for Subscription" nats --context "$bob" sub --wait 5s "room.$room.>"
 ok "both refused"
 
-step "The user joins the room"
-try unibusctl --direct room add "$room" "$bob" --role writer
-try unibusctl --direct room members "$room"
+step "The owner takes the user into the room"
+try unibusctl room add "$room" "$bob" --role writer --identity "$work/$alice.nk"
+try unibusctl room members "$room"
 grep -qE "^ *$bob +writer +present" "$work/out" || fail "$bob is not in the list of members"
 ok "a member"
 
@@ -176,6 +176,7 @@ done >/dev/null 2>&1
 show nats --context "$alice" --server "$(url 1)" pub "$(topic "$alice")" hello
 output
 ok "nobody is admitted any more, $first s after the quorum was lost (leases of 10 s had to run out)"
+refused "cannot decide now" unibusctl user add --handle "late-$id" --sign-pub "$(key "$mallory")"
 began=$(date +%s%N)
 code=0
 show unibusctl --direct user add --handle "late-$id" --sign-pub "$(key "$mallory")"
@@ -203,9 +204,15 @@ ok "messages flow through the nodes that were dead"
 
 step "The demo's users are revoked: final, and in force everywhere when the command returns"
 for who in "$alice" "$bob"; do
-	try unibusctl --direct user revoke "$who" --yes
+	try unibusctl user revoke "$who" --yes
 	refused "Authorization Violation" nats --context "$who" pub "$(topic "$who")" "still here?"
 done
 ok "revoked and refused"
+
+step "All of it is on record"
+try unibusctl audit list --user "$bob" --since 1h
+grep -q "room.member.set" "$work/out" || fail "the audit does not show how $bob came into the room"
+try unibusctl audit verify
+ok "and the record is whole"
 
 printf '\nDone: %d steps, all as told. Start again with other names: make demo\n' "$steps"

@@ -126,9 +126,29 @@ func (a *app) auditList(c *cli.Context) error {
 	if len(records) == 0 {
 		a.say("nothing since %s", stamp(&q.Since))
 	}
+	called := a.namesOf(ctx, b)
 	return rows(a, "records", records, table.Row{"at", "kind", "action", "result", "actor", "user", "room", "from", "detail"}, func(r bus.AuditRecord) table.Row {
-		return table.Row{stamp(&r.At), r.Kind, r.Action, verdict(r), r.Actor, r.User, r.Room, r.From, r.Detail}
+		return table.Row{stamp(&r.At), r.Kind, r.Action, verdict(r), called(r.Actor), called(r.User), r.Room, r.From, r.Detail}
 	})
+}
+
+// namesOf calls keys by handle, for people who read a table. Keys that are not
+// known, and those that share their handle with the key that took it over, stay
+// as they are, for a name that could be two is none.
+func (a *app) namesOf(ctx context.Context, b backend) func(nkey string) string {
+	handles, holders := map[string]bus.Handle{}, map[bus.Handle]int{}
+	if users, err := b.Users(ctx); err == nil && !a.set.json {
+		for _, u := range users {
+			handles[u.NKey] = u.Handle
+			holders[u.Handle]++
+		}
+	}
+	return func(nkey string) string {
+		if h := handles[nkey]; h != "" && holders[h] == 1 {
+			return string(h)
+		}
+		return nkey
+	}
 }
 
 // verdict is the result with the reason.
@@ -152,10 +172,11 @@ func (a *app) auditTail(c *cli.Context) error {
 		return err
 	}
 	defer b.Close()
+	called := a.namesOf(c.Context, b)
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	for failed := ""; ; {
-		next, err := a.tailed(c.Context, b, &q)
+		next, err := a.tailed(c.Context, b, &q, called)
 		switch {
 		case c.Err() != nil:
 			return c.Err()
@@ -181,7 +202,7 @@ func (a *app) auditTail(c *cli.Context) error {
 
 // tailed prints one page and moves the cursor behind it. more reports that the
 // next page is there already.
-func (a *app) tailed(ctx context.Context, b backend, q *client.AuditQuery) (more bool, err error) {
+func (a *app) tailed(ctx context.Context, b backend, q *client.AuditQuery, called func(string) string) (more bool, err error) {
 	ctx, cancel := a.within(ctx, readWithin)
 	defer cancel()
 	page, next, err := b.Audit(ctx, *q)
@@ -195,7 +216,7 @@ func (a *app) tailed(ctx context.Context, b backend, q *client.AuditQuery) (more
 			}
 			continue
 		}
-		line := fmt.Sprintf("%s %-7s %s %s actor=%s user=%s room=%s from=%s %s", stamp(&r.At), r.Kind, r.Action, verdict(r), r.Actor, r.User, r.Room, r.From, r.Detail)
+		line := fmt.Sprintf("%s %-7s %s %s actor=%s user=%s room=%s from=%s %s", stamp(&r.At), r.Kind, r.Action, verdict(r), called(r.Actor), called(r.User), r.Room, r.From, r.Detail)
 		if _, err := fmt.Fprintln(a.out, oneLine(line)); err != nil {
 			return false, err
 		}
