@@ -117,6 +117,7 @@ func refusesConfiguration(t *testing.T, w *world) {
 		"lease too long":      {set("UNIBUS_LEASE", "11s"), nil, "1s to 10s"},
 		"lease is no time":    {set("UNIBUS_LEASE", "ten"), nil, "1s to 10s"},
 		"sessions for ever":   {set("UNIBUS_USER_TTL", "87600h"), nil, "1m and 720h"},
+		"no connections":      {set("UNIBUS_USER_CONNECTIONS", "0"), nil, "a number from 1"},
 		"metrics to all":      {set("UNIBUS_ADMIN_LISTEN", "0.0.0.0:9480"), nil, "not on loopback"},
 		"metrics by name":     {set("UNIBUS_ADMIN_LISTEN", "localhost:9480"), nil, "not on loopback"},
 		"log of another form": {set("UNIBUS_LOG_FORMAT", "xml"), nil, "text or json"},

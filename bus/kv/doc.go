@@ -33,7 +33,8 @@
 // has acknowledged that revision, or that holder's lease has run out. Holders
 // are the boots whose barrier record was younger than their own lease plus two
 // seconds at the change. A holder acknowledges a change when its View has
-// applied it and every decision that began before has ended (see [View.Hold]).
+// applied it, every decision that began before has ended (see [View.Hold]), and
+// whoever enforces changes is done with it (see ViewConfig.OnChange).
 //
 // # Invariants
 //

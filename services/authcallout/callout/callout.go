@@ -19,7 +19,12 @@
 //
 // Between reading the View and the end of all effect of an answer, a hold
 // keeps back the acknowledgement of every change of that user: a writer's
-// revoke returns only when no JWT minted before it can open a connection.
+// revoke returns only when no JWT minted before it can open a connection that
+// stays.
+//
+// Beside that, an [Enforcer] closes the connections that a change ends
+// (enforce.go), knows them all (connections.go, from the events of events.go)
+// and has the servers list them (sweep.go).
 package callout
 
 import (

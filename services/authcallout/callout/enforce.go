@@ -177,14 +177,16 @@ func (e *Enforcer) opened(s *server, seen sight) {
 	if hold != nil {
 		defer func() { e.settle(e.kicksOf(c), hold.Release) }()
 	}
+	_, held := e.view.Lease()
 	if c.admitted = admitted; admitted == nil {
 		// Another instance admitted it, and closes it should that have been on
-		// an older state than ours.
-		if c.unseen = !e.whole(); !c.unseen {
+		// an older state than ours. On a newer one: see judge.
+		c.foreign = true
+		if c.unseen = !held; held {
 			c.admitted, _ = e.view.Access(c.of.key)
 		}
 	}
-	if _, held := e.view.Lease(); held && !guard.Off(guard.ConnectRecheck) {
+	if held && !guard.Off(guard.ConnectRecheck) {
 		e.judge(c.of, "connect")
 	}
 	e.limit(c.of)
@@ -343,6 +345,7 @@ func (e *Enforcer) judge(u *session, why string) {
 	if err != nil {
 		a = nil
 	}
+	_, held := e.view.Lease()
 	out := decide(a, nil, now)
 	if out.reason == "expired" {
 		why = "expired"
@@ -354,11 +357,19 @@ func (e *Enforcer) judge(u *session, why string) {
 		case c.kick != nil, c.admitted == a && out.allow:
 		case e.exceeds(c, a, now):
 			e.kick(c, why)
-		case c.admitted == nil:
+		case c.admitted == nil && held:
 			c.admitted, c.unseen = a, false
 		}
 	}
 	e.widen(u, before, a)
+	// The View of who admitted a connection may have been ahead of ours by a
+	// lease: what the user gains within that time, it may have already. To know
+	// too much of it costs a needless close some day, too little a missed one.
+	for _, c := range u.open {
+		if c.foreign && c.kick == nil && c.admitted != nil && now.Sub(c.seen) < kv.DefaultLease+clockMargin {
+			c.admitted = a
+		}
+	}
 	e.armExpiry(u, a, now)
 }
 

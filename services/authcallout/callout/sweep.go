@@ -193,7 +193,7 @@ func (e *Enforcer) correct(l *listing, began time.Time, only string) {
 		}
 		c = e.table.add(s, row, now)
 		admitted, hold := e.cfg.Service.effects.take(s.id, row.cid)
-		c.admitted, c.unseen = admitted, admitted == nil
+		c.admitted, c.foreign, c.unseen = admitted, admitted == nil, admitted == nil
 		e.found(c, now, false)
 		if hold != nil {
 			e.settle(e.kicksOf(c), hold.Release)
