@@ -140,6 +140,15 @@ func OpenAudit(cfg AuditConfig) *Audit {
 // Dropped counts the entries that were lost because the queue was full.
 func (a *Audit) Dropped() uint64 { return a.lost.Load() }
 
+// Signers are the keys whose checkpoints this program can vouch for: its own, if
+// it signs any.
+func (a *Audit) Signers() []string {
+	if a.signer == "" {
+		return nil
+	}
+	return []string{a.signer}
+}
+
 // Record writes an entry and returns when a quorum has stored it. The error is
 // Unavailable if that did not happen before ctx ended or within 2 s: then the
 // entry may still land later, unless the message says that it will not. What
