@@ -41,6 +41,7 @@ func TestAPI(t *testing.T) {
 		{"strict requests", a.strictRequests},
 		{"one 401", a.one401},
 		{"HTTP/2", a.http2},
+		{"limits", a.limits},
 		{"every route was asked", a.complete},
 	} {
 		if !t.Run(s.name, s.test) {
@@ -666,6 +667,43 @@ func (p protocol) RoundTrip(r *http.Request) (*http.Response, error) {
 		p.t.Errorf("answered over %s", resp.Proto)
 	}
 	return resp, err
+}
+
+// One user who asks too often is told to wait, and nobody else. What a proxy
+// says of who asks is believed of a trusted one only, and goes into the audit.
+func (a *apiWorld) limits(t *testing.T) {
+	a.SetEnv(3, cluster.Membership, "UNIBUS_RATE_KEY", "0.05:3")
+	a.SetEnv(3, cluster.Membership, "UNIBUS_TRUSTED_PROXIES", "127.0.0.1")
+	a.Term(3, cluster.Membership)
+	a.StartNode(3, cluster.Membership)
+	a.WaitHealthy(time.Minute, 3)
+	bob := a.api(3, a.bob)
+	forwarded := http.Header{"X-Forwarded-For": {"203.0.113.9, 198.18.7.7"}}
+	for range 3 {
+		r, err := bob.send(t.Context(), apiRequest{method: "GET", path: "/v1/users", header: forwarded})
+		if err != nil || r.status != http.StatusForbidden {
+			t.Fatalf("within the rate: %v %v", r, err)
+		}
+	}
+	r := bob.want(t, http.StatusTooManyRequests, "GET", "/v1/me", nil)
+	if r.code() != bus.Unavailable || r.header.Get("Retry-After") != "20" {
+		t.Errorf("429: %s %v", r, r.header)
+	}
+	a.api(3, a.alice).want(t, 200, "GET", "/v1/me", nil)
+	a.api(3, newPerson(t, "nobody")).want(t, http.StatusUnauthorized, "GET", "/v1/me", nil)
+	a.api(1, a.bob).want(t, 200, "GET", "/v1/me", nil)
+
+	var p struct{ Records []bus.AuditRecord }
+	cluster.WaitFor(t, 10*time.Second, "the forwarded address in the audit", func() error {
+		a.root.want(t, 200, "GET", "/v1/audit?kind=denial&action=user.*&actor=bob&limit=500", nil).decode(t, &p)
+		if !slices.ContainsFunc(p.Records, func(r bus.AuditRecord) bool { return r.From == "198.18.7.7" && r.Instance == "membership-n3" }) {
+			return fmt.Errorf("records %+v", p.Records)
+		}
+		return nil
+	})
+	if slices.ContainsFunc(p.Records, func(r bus.AuditRecord) bool { return r.From == "203.0.113.9" }) {
+		t.Error("an address that the client made up is in the audit")
+	}
 }
 
 // Nothing that is documented was left out above.

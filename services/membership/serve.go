@@ -86,7 +86,7 @@ func serve(ctx context.Context, c config, log *slog.Logger, p parts) int {
 			log.Error("a listener failed", "err", err)
 		}
 	}
-	bound, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	bound, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.lease+api.ProofMargin) // a change may still be waiting for its proof
 	defer cancel()
 	if err := errors.Join(p.server.Shutdown(bound), admin.Shutdown(bound)); err != nil {
 		log.Warn("requests were cut off", "err", err)

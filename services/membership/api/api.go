@@ -70,8 +70,8 @@ type Server struct {
 	log    *slog.Logger
 }
 
-// proofMargin is what a change may take beyond the lease that it waits out.
-const proofMargin = 5 * time.Second
+// ProofMargin is what a change may take beyond the lease that it waits out.
+const ProofMargin = 5 * time.Second
 
 // NewServer lays out the routes.
 func NewServer(cfg Config) *Server {
@@ -89,11 +89,11 @@ func NewServer(cfg Config) *Server {
 		addresses: newLimiter[netip.Prefix](cfg.RateAddress), keys: newLimiter[bus.UserKey](cfg.RateKey),
 		readers: make(chan struct{}, readersPerSlot*cfg.MaxRequests), slots: make(chan struct{}, cfg.MaxRequests),
 	}
-	a := &api{view: cfg.View, store: cfg.Store, conn: cfg.Conn, audit: t, now: cfg.Now, patrol: cfg.Lease + proofMargin}
+	a := &api{view: cfg.View, store: cfg.Store, conn: cfg.Conn, audit: t, now: cfg.Now, patrol: cfg.Lease + ProofMargin, verifying: make(chan struct{}, 1)}
 	s := &Server{log: cfg.Log, public: publicRoutes(cfg.Health, openAPI(cfg.Version)), signed: signedRoutes(g, a)}
 	s.http = &http.Server{
 		Handler: http.HandlerFunc(s.route), TLSConfig: cfg.TLS,
-		ReadHeaderTimeout: 5 * time.Second, ReadTimeout: bodyTimeout, WriteTimeout: 2*kv.DefaultLease + 2*proofMargin,
+		ReadHeaderTimeout: 5 * time.Second, ReadTimeout: bodyTimeout, WriteTimeout: 2*kv.DefaultLease + 2*ProofMargin,
 		IdleTimeout: 60 * time.Second, MaxHeaderBytes: 16 << 10,
 		ErrorLog: slog.NewLogLogger(cfg.Log.Handler(), slog.LevelDebug),
 	}

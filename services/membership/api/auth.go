@@ -19,7 +19,7 @@ import (
 const (
 	// bodyTimeout cuts off who sends a body slowly.
 	bodyTimeout = 10 * time.Second
-	// doubt bounds each question to the cluster before a request is admitted:
+	// doubt bounds all questions to the cluster before a request is admitted:
 	// without a quorum the answer is still there inside two seconds.
 	doubt = 1500 * time.Millisecond
 	// readersPerSlot: bodies are read before a slot is taken. What one address
@@ -198,10 +198,12 @@ func (g *gate) authenticate(x *exchange) error {
 		return x.refuse("signature", err)
 	}
 	x.key, x.proven = v.Key, true
+	ctx, cancel := context.WithTimeout(x.r.Context(), doubt)
+	defer cancel()
 	if x.r.Method == enrollMethod && x.r.URL.Path == enrollPath {
-		return g.admitNewcomer(x, v)
+		return g.admitNewcomer(ctx, x, v)
 	}
-	access, reason, err := g.lookUp(x.r.Context(), v.Key)
+	access, reason, err := g.lookUp(ctx, v.Key)
 	if err != nil {
 		return err
 	}
@@ -214,7 +216,7 @@ func (g *gate) authenticate(x *exchange) error {
 	if wait, ok := g.keys.take(v.Key, g.now()); !ok {
 		return x.limited("key", wait)
 	}
-	if err := g.consume(x, v); err != nil {
+	if err := g.consume(ctx, x, v); err != nil {
 		return err
 	}
 	x.caller = &caller{key: v.Key, access: access, request: x.id, from: x.from.String()}
@@ -258,23 +260,15 @@ func (g *gate) lookUp(ctx context.Context, k bus.UserKey) (*kv.Access, string, e
 		if reason == standingActive || reason == standingRevoked || asked {
 			return access, reason, nil
 		}
-		if err := g.barrier(ctx); err != nil {
+		if err := g.view.Barrier(ctx); err != nil {
 			return nil, "", err
 		}
 	}
 }
 
-func (g *gate) barrier(ctx context.Context) error {
-	bctx, cancel := context.WithTimeout(ctx, doubt)
-	defer cancel()
-	return g.view.Barrier(bctx)
-}
-
 // consume makes the request a one-time thing, for all nodes.
-func (g *gate) consume(x *exchange, v sig.Verified) error {
-	nctx, cancel := context.WithTimeout(x.r.Context(), doubt)
-	defer cancel()
-	err := g.store.ConsumeNonce(nctx, v.Key, v.Nonce)
+func (g *gate) consume(ctx context.Context, x *exchange, v sig.Verified) error {
+	err := g.store.ConsumeNonce(ctx, v.Key, v.Nonce)
 	switch bus.CodeOf(err) {
 	case "":
 		return nil
@@ -291,7 +285,7 @@ func (g *gate) consume(x *exchange, v sig.Verified) error {
 // admitNewcomer lets a key in that is nobody's yet, if it brings an invite. All
 // that is wrong before the invite is proven looks like any other refusal, so
 // that the route is no place to try tokens at.
-func (g *gate) admitNewcomer(x *exchange, v sig.Verified) error {
+func (g *gate) admitNewcomer(ctx context.Context, x *exchange, v sig.Verified) error {
 	var in enrollBody
 	if !isJSON(x.r.Header.Values("Content-Type")) {
 		return x.refuse("enroll", nil)
@@ -299,23 +293,35 @@ func (g *gate) admitNewcomer(x *exchange, v sig.Verified) error {
 	if err := decode(x.body, enrollShape.body, &in); err != nil {
 		return x.refuse("enroll", err)
 	}
-	ictx, cancel := context.WithTimeout(x.r.Context(), doubt)
-	defer cancel()
-	switch err := g.store.CheckInvite(ictx, string(in.Token), v.Key); bus.CodeOf(err) {
-	case "":
-	case bus.Unavailable, bus.Internal:
+	if err := g.checkInvite(ctx, x, string(in.Token), v.Key); err != nil {
 		return err
-	default:
-		return x.refuse("enroll", err)
 	}
 	if wait, ok := g.keys.take(v.Key, g.now()); !ok {
 		return x.limited("key", wait)
 	}
-	if err := g.consume(x, v); err != nil {
+	if err := g.consume(ctx, x, v); err != nil {
 		return err
 	}
 	x.newcomer = &newcomer{key: v.Key, token: in.Token, handle: in.Handle, request: x.id, from: x.from.String()}
 	return nil
+}
+
+// checkInvite says whether the token is good for this key now. As with users,
+// nobody is refused on a look that may be old: an isolated leader answers for
+// seconds that it knows of no such invite.
+func (g *gate) checkInvite(ctx context.Context, x *exchange, token string, k bus.UserKey) error {
+	for asked := false; ; asked = true {
+		err := g.store.CheckInvite(ctx, token, k)
+		switch code := bus.CodeOf(err); {
+		case code == "" || code == bus.Unavailable || code == bus.Internal:
+			return err
+		case asked:
+			return x.refuse("enroll", err)
+		}
+		if err := g.view.Barrier(ctx); err != nil {
+			return err
+		}
+	}
 }
 
 func (x *exchange) refuse(reason string, cause error) error {

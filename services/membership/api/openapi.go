@@ -52,6 +52,7 @@ func openAPI(version string) []byte {
 		headers := object{"X-Request-Id": object{"$ref": "#/components/headers/RequestId"}}
 		switch status {
 		case http.StatusServiceUnavailable, http.StatusTooManyRequests:
+			headers[bus.EffectHeader] = object{"description": "none: nothing was changed, and another node may be asked.", "schema": enum("", bus.EffectNone)}
 			headers["Retry-After"] = object{"description": "Seconds.", "schema": object{"type": "integer", "minimum": 1}}
 		case http.StatusUnauthorized:
 			headers["WWW-Authenticate"] = object{"schema": object{"type": "string"}}

@@ -42,6 +42,8 @@ type api struct {
 	audit  *trail
 	now    func() time.Time
 	patrol time.Duration // how long a change may take: a lease, and the doubt around it
+
+	verifying chan struct{} // one at a time reads the whole audit
 }
 
 // tagged is an answer about one record, whose revision is its ETag.
