@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -43,6 +44,7 @@ func TestCLI(t *testing.T) {
 	t.Run("audit", func(t *testing.T) { auditOverBoth(t, direct, api) })
 	t.Run("self-service", func(t *testing.T) { selfService(t, api) })
 	t.Run("any request", func(t *testing.T) { anyRequest(t, api) })
+	t.Run("races", func(t *testing.T) { races(t, direct, api) })
 	t.Run("without an audit", func(t *testing.T) { withoutAudit(t, direct, api) })
 	t.Run("dead nodes", func(t *testing.T) { deadNodes(t, api) })
 }
@@ -273,6 +275,53 @@ func sameOverBoth(t *testing.T, ways ...*way) {
 			}
 		}
 	})
+}
+
+// races lets both ways do what only one may, at the same moment.
+func races(t *testing.T, direct, api *way) {
+	both := func(d, a []string) [2]cluster.Result {
+		var out [2]cluster.Result
+		var wg sync.WaitGroup
+		wg.Go(func() { out[0] = direct.run(d...) })
+		wg.Go(func() { out[1] = api.run(a...) })
+		wg.Wait()
+		return out
+	}
+	for n := range 4 {
+		p, q := newPerson(t, "x"), newPerson(t, "x")
+		results := both(
+			[]string{"user", "add", "--handle", fmt.Sprintf("key-d%d", n), "--sign-pub", p.key.NKey()},
+			[]string{"user", "add", "--handle", fmt.Sprintf("key-a%d", n), "--sign-pub", p.key.Hex()},
+		)
+		oneWinner(t, "already registered", results[:])
+		add := func(k *person) []string {
+			return []string{"user", "add", "--handle", fmt.Sprintf("handle%d", n), "--sign-pub", k.key.NKey()}
+		}
+		results = both(add(q), add(newPerson(t, "x")))
+		oneWinner(t, fmt.Sprintf("handle handle%d", n), results[:])
+		create := func(owner string) []string {
+			return []string{"room", "create", fmt.Sprintf("race%d", n), "--owner", owner}
+		}
+		results = both(create(fmt.Sprintf("handle%d", n)), create("admin"))
+		oneWinner(t, fmt.Sprintf("room race%d exists already", n), results[:])
+	}
+	// The only two admins: one revokes the other over the API, somebody on a
+	// node revokes the first. Who was revoked may be told so or may be unknown.
+	other := newPerson(t, "second")
+	if r := api.run("user", "add", "--handle", "second", "--sign-pub", other.key.NKey(), "--role", "admin"); r.Code != 0 {
+		t.Fatalf("exit %d: %s", r.Code, r.Stderr)
+	}
+	results := both([]string{"user", "revoke", "admin", "--yes"}, []string{"user", "revoke", "second", "--yes"})
+	if (results[0].Code == 0) == (results[1].Code == 0) {
+		t.Errorf("not one winner: %+v", results)
+	}
+	if results[0].Code == 0 {
+		direct.admin = other
+		direct.adminSeed(other)
+	}
+	if r := api.run("user", "list", "--role", "admin", "--status", "active", "--names"); r.Code != 0 || r.Stdout != direct.admin.name+"\n" {
+		t.Errorf("active admins: exit %d: %s%s", r.Code, r.Stdout, r.Stderr)
+	}
 }
 
 // lineOfWrites wants the line about the users bucket after a write to the KV,

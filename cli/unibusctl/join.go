@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"crypto/sha256"
 	"crypto/tls"
@@ -9,6 +10,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/url"
 	"path/filepath"
@@ -29,7 +31,7 @@ func (a *app) joinCommand() *cli.Command {
 		Name: "join", ArgsUsage: "URL INVITE", Category: "access",
 		Usage: "become a user: from an invite to a connected nats CLI",
 		Description: "URL is the API, or a comma list of the nodes' APIs; INVITE is what an admin's unibusctl invite\n" +
-			"create printed. It makes a key if the file of --out is not there, redeems the invite with it,\n" +
+			"create printed, or - to read it from stdin. It makes a key if the file of --out is not there, redeems the invite with it,\n" +
 			"writes a context for the stock nats CLI and connects once. Repeated, it finishes what was\n" +
 			"interrupted.\n\n" +
 			"With --ca-pin no CA file is needed: the CA is taken from the API's own connection if it has that\n" +
@@ -90,6 +92,13 @@ func (a *app) joining(c *cli.Context) (*joining, error) {
 		return nil, &usageError{msg: "join goes over the API: leave --direct out", hint: "unibusctl --direct user add"}
 	}
 	j := &joining{urls: arg[0], token: arg[1], seed: c.String("out"), ca: a.set.ca, context: c.String("name"), selected: c.Bool("select")}
+	if j.token == "-" { // an argument is seen by everybody on this machine
+		line, err := bufio.NewReader(io.LimitReader(a.in, 1<<10)).ReadString('\n')
+		if err != nil && !errors.Is(err, io.EOF) {
+			return nil, fmt.Errorf("read the invite: %w", err)
+		}
+		j.token = strings.TrimSpace(line)
+	}
 	if !inviteForm.MatchString(j.token) {
 		return nil, usagef("%s is no invite: one is ubi_<id>_<secret>", quote(j.token[:min(len(j.token), 8)]))
 	}

@@ -178,6 +178,9 @@ func (a *app) hint(err error) string {
 	if !errors.As(err, &e) {
 		return ""
 	}
+	if e.Code == bus.Unauthenticated && e.Hint == "" && !a.set.direct { // the API does not say why, to nobody
+		return programName + " identity show " + a.set.identity + ": is this the key of an active user?"
+	}
 	if rest, ok := strings.CutPrefix(e.Hint, programName+" "); ok && a.set.direct && !strings.HasPrefix(rest, "--direct") {
 		return programName + " --direct " + rest
 	}
