@@ -495,6 +495,80 @@ func (e *enforced) add(t *testing.T) {
 	})
 }
 
+// TestEnforceMany revokes and removes users at random while many are connected
+// and callouts are killed and started again: every connection of theirs is
+// closed, no other one is, and both are counted.
+func TestEnforceMany(t *testing.T) {
+	t.Parallel()
+	users, revokes, removals, kills := 40, 10, 10, 1
+	if full {
+		users, revokes, removals, kills = 1000, 300, 300, 20
+	}
+	w := newWorld(t, cluster.Options{Lease: 2 * time.Second})
+	w.addRoom("all", w.admin, kv.RoomOptions{})
+	people, conns := make([]*person, users), make([][]*wire.Conn, users)
+	for n := range people {
+		people[n] = w.addUser(fmt.Sprintf("p%d", n))
+		w.join("all", people[n], bus.Writer)
+		conns[n] = w.rawEverywhere(people[n])
+	}
+	stop, killed := make(chan struct{}), make(chan int)
+	go func() { killed <- w.killCallouts(stop, kills) }()
+	var took []time.Duration
+	change := func(n int, f func(context.Context) (kv.Result, error)) {
+		began := time.Now()
+		w.patiently(people[n].name, f)
+		took = append(took, time.Since(began))
+		for began = time.Now(); ; {
+			if len(closedOf(conns[n])) == len(conns[n]) {
+				return
+			}
+			if time.Since(began) > 5*time.Second {
+				t.Fatalf("%s has connections 5 s after the change returned", people[n].name)
+			}
+		}
+	}
+	for n := range revokes {
+		change(n, func(ctx context.Context) (kv.Result, error) { return w.store.RevokeUser(ctx, people[n].key) })
+	}
+	for n := revokes; n < revokes+removals; n++ {
+		change(n, func(ctx context.Context) (kv.Result, error) { return w.store.RemoveMember(ctx, "all", people[n].key) })
+	}
+	close(stop)
+	times := <-killed
+	untouched := 0
+	for _, cs := range conns[revokes+removals:] {
+		if closed := closedOf(cs); len(closed) > 0 {
+			t.Errorf("somebody else lost %d connections", len(closed))
+		}
+		untouched += len(cs)
+	}
+	slices.Sort(took)
+	t.Logf("%d connections closed by %d changes, %d others untouched, %d callouts killed; a change took %s, at most %s", 3*(revokes+removals), len(took),
+		untouched, times, took[len(took)/2].Round(time.Millisecond), took[len(took)-1].Round(time.Millisecond))
+}
+
+// killCallouts kills one callout after another and starts it again, until stop
+// is closed or most have died, leaves all running, and counts.
+func (w *world) killCallouts(stop <-chan struct{}, most int) int {
+	for n := range most {
+		node := n%3 + 1
+		w.Kill(node, cluster.Authcallout)
+		select {
+		case <-stop:
+		case <-time.After(time.Second):
+		}
+		w.StartNode(node, cluster.Authcallout)
+		w.mustBeReady(node)
+		select {
+		case <-stop:
+			return n + 1
+		default:
+		}
+	}
+	return most
+}
+
 // TestEnforceRace lets 300 connections of one user open while that user is
 // revoked and the callouts answer slowly: a second after the revoke returned
 // none lives, and no sweep was needed for that.

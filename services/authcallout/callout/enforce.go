@@ -293,7 +293,7 @@ func (e *Enforcer) deferChange(done func()) {
 		defer e.unlock()
 		if _, still := e.deferred[s]; still {
 			delete(e.deferred, s)
-			e.unproven("the view is not loaded")
+			e.unproven("no_view")
 			e.run = append(e.run, done)
 		}
 	})
