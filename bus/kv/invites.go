@@ -220,6 +220,29 @@ func (s *Store) inviterStands(i invite) error {
 	return nil
 }
 
+// inviter is the caller on whose behalf an invite is redeemed. What it gives is
+// theirs to give until the last write: they are asked about before each one, and
+// held, so that their revoke returns only when no invite of theirs can let
+// anybody in any more.
+func (s *Store) inviter(i invite) Caller {
+	c := Caller{Name: i.CreatedBy, Key: s.caller.Key}
+	if k, err := bus.ParseUserKey(i.CreatedBy); err == nil {
+		c.Key = k
+	}
+	check := s.caller.Check
+	c.Check = func() error {
+		lease, _ := s.view.Lease()
+		if err := s.inviterStands(i); err != nil || check == nil {
+			return err
+		}
+		if !s.view.Lasts(lease) {
+			return bus.E(bus.Unavailable, "whether the inviter is still an admin is not known now: %s", s.view.Fault())
+		}
+		return check()
+	}
+	return c
+}
+
 // RedeemInvite registers key as the invite says. Write order: the invite is
 // bound to this key, which grants nothing and shuts out every other; then user
 // and memberships, as AddUser and SetMember do. Interrupted, the same key
@@ -257,13 +280,15 @@ func (s *Store) RedeemInvite(ctx context.Context, token string, key bus.UserKey,
 			return Result{}, err
 		}
 	}
-	s = s.As(Caller{Name: i.CreatedBy, Key: s.caller.Key, Check: s.caller.Check}) // who is to be asked about the newcomer
+	s = s.As(s.inviter(i)) // who is to be asked about the newcomer
 	res, err := s.enrol(ctx, i, key, handle, known)
 	if err != nil {
 		return res, err
 	}
 	for _, r := range i.Rooms {
-		if m, _, ok := s.view.Membership(r.Room, key); ok && m.Status == bus.Present {
+		// Who was in the room once has had what the invite gives: to repeat the
+		// call must not bring back who was removed, or left.
+		if _, _, ok := s.view.Membership(r.Room, key); ok {
 			continue
 		}
 		_, err := s.SetMember(ctx, r.Room, key, r.Role)

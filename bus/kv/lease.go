@@ -89,11 +89,24 @@ func (b *barrierState) ask() {
 
 // Lease reports until when decisions may be made from this View, and whether
 // that moment is still ahead. Check it after the decision too: a process may
-// be paused between the two.
+// be paused between the two, and then with Lasts: by then another lease may be
+// held, which says nothing about what was looked at under this one.
 func (v *View) Lease() (until time.Time, held bool) {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
 	return v.leaseLocked()
+}
+
+// Lasts reports whether the lease of which Lease said until has time left. Asked
+// after a decision, with what Lease said before it, it is true only if all that
+// was read in between was current.
+func (v *View) Lasts(until time.Time) bool {
+	if guard.Off(guard.Lease) {
+		return true
+	}
+	now := v.cfg.Now()
+	wall := until.Round(0).Sub(now.Round(0))
+	return until.Sub(now) > 0 && wall > 0 && wall < v.cfg.Lease+clockTolerance
 }
 
 func (v *View) leaseLocked() (time.Time, bool) {

@@ -234,9 +234,21 @@ func TestLeaseNeedsOwnRecordInEveryStream(t *testing.T) {
 	if !ok || !until.Equal(start.Add(DefaultLease)) {
 		t.Fatalf("lease until %v, %v; want ten seconds from the barrier's start", until, ok)
 	}
+	if !v.Lasts(until) || v.Lasts(time.Time{}) {
+		t.Error("the lease does not last, or none does")
+	}
 	c.t = start.Add(DefaultLease)
 	if held() {
 		t.Error("a lease at its end")
+	}
+	v.beginLocked("again", allStreams)
+	for i := range v.tables {
+		if err := deliver(t, v, i, 4, c.t, v.boot, "again"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !held() || v.Lasts(until) {
+		t.Error("a lease that ran out lasts again when another one is held")
 	}
 	c.t = start.Add(-3 * time.Second)
 	if held() {

@@ -161,10 +161,8 @@ func (g *gate) admit(x *exchange) (leave func(), err error) {
 }
 
 func (g *gate) lease() error {
-	if _, held := g.view.Lease(); !held {
-		return bus.E(bus.Unavailable, "this node cannot decide now: %s", g.view.Fault()).WithHint("unibusctl cluster status")
-	}
-	return nil
+	lease, _ := g.view.Lease()
+	return still(g.view, lease)
 }
 
 // readBody reads all of the body, so that what is verified, decoded and acted
@@ -252,9 +250,10 @@ func standing(a *kv.Access, err error, now time.Time) string {
 // confirmed to its admin a moment ago may not have reached this node.
 func (g *gate) lookUp(ctx context.Context, k bus.UserKey) (*kv.Access, string, error) {
 	for asked := false; ; asked = true {
+		lease, _ := g.view.Lease()
 		access, err := g.view.Access(k)
 		reason := standing(access, err, g.now())
-		if err := g.lease(); err != nil { // after the look: the process may have been paused before it
+		if err := still(g.view, lease); err != nil { // after the look: the process may have been paused before it
 			return nil, "", err
 		}
 		if reason == standingActive || reason == standingRevoked || asked {

@@ -61,13 +61,14 @@ func read[In, Out any](s spec, h func(a *api, ctx context.Context, c *caller, in
 		}
 		hold := a.view.Hold(x.caller.key)
 		defer hold.Release()
+		lease, _ := a.view.Lease()
 		c, err := a.current(x.caller)
 		if err != nil {
 			return err
 		}
 		out, err := h(a, x.r.Context(), c, in)
 		if err == nil {
-			err = a.leased() // a pause since then may have outlived the lease
+			err = a.still(lease) // a pause since then may have outlived the lease
 		}
 		hold.Release()
 		return x.answer(out, err)
@@ -168,11 +169,12 @@ func newOperation[In, Out any](s spec, statuses ...int) operation {
 
 // current is the caller as the View has them now.
 func (a *api) current(c *caller) (*caller, error) {
+	lease, _ := a.view.Lease()
 	access, err := a.view.Access(c.key)
 	if standing(access, err, a.now()) != standingActive {
 		return nil, errRefused
 	}
-	if err := a.leased(); err != nil {
+	if err := a.still(lease); err != nil {
 		return nil, err
 	}
 	now := *c
@@ -180,11 +182,21 @@ func (a *api) current(c *caller) (*caller, error) {
 	return &now, nil
 }
 
-func (a *api) leased() error {
-	if _, held := a.view.Lease(); !held {
-		return bus.E(bus.Unavailable, "this node cannot decide now: %s", a.view.Fault()).WithHint("unibusctl cluster status")
+// still says whether a lease that was taken note of before a look lasts after
+// it. That some lease is held by then would not do: a process that wakes from a
+// pause may look at what it knew before, and renew its lease before it asks.
+func (a *api) still(lease time.Time) error { return still(a.view, lease) }
+
+func still(v *kv.View, lease time.Time) error {
+	if !v.Lasts(lease) {
+		return bus.E(bus.Unavailable, "this node cannot decide now: %s", v.Fault()).WithHint("unibusctl cluster status")
 	}
 	return nil
+}
+
+func (a *api) leased() error {
+	lease, _ := a.view.Lease()
+	return a.still(lease)
 }
 
 // authorize asks may, and puts a refusal on record.
@@ -233,14 +245,18 @@ func (a *api) make(x *exchange, c *caller, p plan) error {
 
 // recheck is asked by the Store right before each of its writes.
 func (a *api) recheck(c *caller, p plan) error {
+	lease, _ := a.view.Lease()
 	if u, _, ok := a.view.User(c.key); ok && p.survives != nil && p.survives(u) {
-		return a.leased()
+		return a.still(lease)
 	}
 	now, err := a.current(c)
 	if err != nil {
 		return err
 	}
-	return may(now.subject(), p.action, p.target(now))
+	if err := may(now.subject(), p.action, p.target(now)); err != nil {
+		return err
+	}
+	return a.still(lease) // of the caller's role in a room, too
 }
 
 // finish answers a change: 202 if it is committed and not proven.
