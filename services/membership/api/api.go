@@ -141,6 +141,12 @@ func (s *Server) route(w http.ResponseWriter, r *http.Request) {
 		s.public.ServeHTTP(w, r)
 		return
 	}
+	// Trailers come with the end of the body, into the server's own request.
+	// Only a map that is there is shared with the copy that the router makes, so
+	// without it the gate never sees trailers that were not announced.
+	if r.Trailer == nil {
+		r.Trailer = http.Header{}
+	}
 	s.signed.ServeHTTP(w, r)
 }
 
