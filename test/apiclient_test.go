@@ -54,6 +54,7 @@ func (p *person) Sign(input []byte) ([]byte, error) { return p.kp.Sign(input) }
 // apiRequest is one request before it is sent.
 type apiRequest struct {
 	method, path string
+	host         string // the authority to sign for; empty: that of the node
 	body         []byte
 	header       http.Header           // on top of what signing and a body need
 	created      time.Time             // zero: now
@@ -107,6 +108,9 @@ func (c *apiClient) build(ctx context.Context, q apiRequest) (*http.Request, err
 	}
 	for name, values := range q.header {
 		r.Header[name] = values
+	}
+	if q.host != "" {
+		r.Host = q.host
 	}
 	if c.signer != nil {
 		if q.nonce == "" {

@@ -41,6 +41,8 @@ var controls = []control{
 	{guard.CallerRecheck, "test", "TestLifecycle", true},
 	{guard.CallerRecheck, "test", "TestAPIPausedRequest", true},
 	{guard.NonceOnce, "test", "TestLifecycle", true},
+	{guard.NonceOnce, "test", "TestThreats/T29_replays", true},
+	{guard.RequestSignature, "test", "TestThreats/T31_changed_requests", true},
 }
 
 // TestControls takes each protection away in turn and demands that the test

@@ -276,8 +276,11 @@ func invites(w *world) {
 		w.t.Errorf("list: %d invites, %v", len(list), err)
 	}
 	for _, bad := range []kv.InviteRequest{
-		{Role: "root"}, {Role: bus.Member, TTL: time.Second}, {Role: bus.Member, TTL: 1000 * time.Hour},
-		{Role: bus.Member, Handle: "A"}, {Role: bus.Member, Rooms: []bus.InvitedRoom{{Room: "inv", Role: "boss"}}},
+		{Role: "root"},
+		{Role: bus.Member, TTL: time.Second},
+		{Role: bus.Member, TTL: 1000 * time.Hour},
+		{Role: bus.Member, Handle: "A"},
+		{Role: bus.Member, Rooms: []bus.InvitedRoom{{Room: "inv", Role: "boss"}}},
 	} {
 		if _, err := s.CreateInvite(ctx, bad); bus.CodeOf(err) != bus.Invalid {
 			w.t.Errorf("%+v: %v, want invalid", bad, err)
