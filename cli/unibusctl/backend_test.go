@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"encoding/pem"
 	"io"
+	"log"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -42,6 +43,8 @@ func TestCovers(t *testing.T) {
 		{"a.*.c", "a.b.c", true},
 		{"a.*.c", "a.*.c", true},
 		{"a.*.c", "a.>", false},
+		{"a.*", "a.>", false},
+		{"a.*", ">", false},
 		{"a.*.c", "a.b.c.d", false},
 		{"a.*.c", "a.b", false},
 		{"a.b", "a.*", false},
@@ -150,6 +153,7 @@ func TestPinnedCA(t *testing.T) {
 			for _, c := range tt.chain {
 				pair.Certificate = append(pair.Certificate, c.Raw)
 			}
+			srv.Config.ErrorLog = log.New(io.Discard, "", 0)
 			srv.TLS = &tls.Config{Certificates: []tls.Certificate{pair}, MinVersion: tls.VersionTLS12}
 			srv.StartTLS()
 			defer srv.Close()
