@@ -90,6 +90,7 @@ type storm struct {
 	rate              float64 // connections a second
 	p50, p99          time.Duration
 	callouts, servers float64 // CPU ms per connection, summed over the nodes
+	clients           float64 // the same for our side of the connections
 }
 
 // storms lets the same users connect to both clusters in turn: a machine that
@@ -97,22 +98,25 @@ type storm struct {
 func (b *bench) storms() {
 	b.rest = b.measureIdle()
 	var ours, theirs, net []storm
-	var ratios []float64
+	var ratios, byCPU []float64
 	for range b.rounds {
 		t := storming(b.rival, b.users, nil)
 		o := storming(b.world, b.users, nil)
 		theirs, ours, net = append(theirs, t), append(ours, o), append(net, b.withoutRest(o))
 		ratios = append(ratios, o.rate/t.rate)
+		byCPU = append(byCPU, (t.servers+t.clients)/(o.servers+o.callouts+o.clients))
 	}
 	floor := signatureFloor()
 	rate := func(s storm) float64 { return s.rate }
 	callouts := func(s storm) float64 { return s.callouts }
 	servers := func(s storm) float64 { return s.servers }
+	clients := func(s storm) float64 { return s.clients }
 	p50 := func(s storm) float64 { return s.p50.Seconds() * 1000 }
 	p99 := func(s storm) float64 { return s.p99.Seconds() * 1000 }
 	b.row("connects/s, static nkeys", "", "%s", spread(theirs, rate, "%.0f"))
 	b.row("connects/s, callout", "", "%s", spread(ours, rate, "%.0f"))
 	b.row("callout / static, same round", ">= "+aimRatio, "%.2f (%.2f to %.2f)", median(ratios), slices.Min(ratios), slices.Max(ratios))
+	b.row("the same by CPU: what a full machine would do", "", "%.2f (%.2f to %.2f)", median(byCPU), slices.Min(byCPU), slices.Max(byCPU))
 	b.row("connect p50 / p99, static nkeys", "", "%.0f / %.0f ms", medianBy(theirs, p50), medianBy(theirs, p99))
 	b.row("connect p50 / p99, callout", "", "%.0f / %.0f ms", medianBy(ours, p50), medianBy(ours, p99))
 	b.row("authcallout CPU a connect", "<= "+aimCalloutCPU+" ms", "%s ms", spread(net, callouts, "%.2f"))
@@ -120,6 +124,7 @@ func (b *bench) storms() {
 	b.row("4 ed25519 operations of it: the floor, and how far above", "<= 2.1x", "%.2f ms, %.1fx", floor, medianBy(net, callouts)/floor)
 	b.row("servers' CPU a connect, static nkeys", "", "%s ms", spread(theirs, servers, "%.2f"))
 	b.row("servers' CPU a connect, callout", "", "%s ms", spread(net, servers, "%.2f"))
+	b.row("clients' CPU a connect, static nkeys / callout", "", "%.2f / %.2f ms", medianBy(theirs, clients), medianBy(ours, clients))
 	b.row("idle: authcallout / servers", "", "%.1f / %.1f ms CPU a second", b.rest.callouts, b.rest.servers)
 }
 
@@ -136,7 +141,7 @@ func (b *bench) withoutRest(s storm) storm {
 func storming(w *world, users []*person, want error) storm {
 	w.t.Helper()
 	conns, took, errs := make([]*wire.Conn, len(users)), make([]time.Duration, len(users)), make([]error, len(users))
-	callouts, servers := w.cpu(cluster.Authcallout), w.cpu(cluster.NATS)
+	callouts, servers, clients := w.cpu(cluster.Authcallout), w.cpu(cluster.NATS), w.ownCPU()
 	started := time.Now()
 	var next atomic.Int64
 	var wg sync.WaitGroup
@@ -152,7 +157,7 @@ func storming(w *world, users []*person, want error) storm {
 	wg.Wait()
 	elapsed := time.Since(started)
 	n := float64(len(users))
-	callouts, servers = w.cpu(cluster.Authcallout)-callouts, w.cpu(cluster.NATS)-servers
+	callouts, servers, clients = w.cpu(cluster.Authcallout)-callouts, w.cpu(cluster.NATS)-servers, w.ownCPU()-clients
 	for i, err := range errs {
 		if conns[i] != nil {
 			conns[i].Close()
@@ -162,7 +167,7 @@ func storming(w *world, users []*person, want error) storm {
 		}
 	}
 	hold(w.t.Context(), settle) // or the next storm pays for the end of these connections
-	return storm{rate: n / elapsed.Seconds(), p50: quantile(took, .50), p99: quantile(took, .99), callouts: callouts / n, servers: servers / n}
+	return storm{rate: n / elapsed.Seconds(), p50: quantile(took, .50), p99: quantile(took, .99), callouts: callouts / n, servers: servers / n, clients: clients / n}
 }
 
 func (w *world) connectOnce(i int, p *person) (*wire.Conn, error) {
@@ -344,6 +349,16 @@ func (w *world) cpu(s cluster.Service) (sum float64) {
 		sum += ms
 	}
 	return sum
+}
+
+// ownCPU is what this process, the load generator, has used so far, in ms.
+func (w *world) ownCPU() float64 {
+	w.t.Helper()
+	ms, err := processCPU(os.Getpid())
+	if err != nil {
+		w.t.Fatalf("own CPU time: %v", err)
+	}
+	return ms
 }
 
 // processCPU asks the kernel's clock of a process, which counts nanoseconds:
