@@ -102,9 +102,10 @@ func (b *bench) storms() {
 	for range b.rounds {
 		t := storming(b.rival, b.users, nil)
 		o := storming(b.world, b.users, nil)
-		theirs, ours, net = append(theirs, t), append(ours, o), append(net, b.withoutRest(o))
+		n := b.withoutRest(o)
+		theirs, ours, net = append(theirs, t), append(ours, o), append(net, n)
 		ratios = append(ratios, o.rate/t.rate)
-		byCPU = append(byCPU, (t.servers+t.clients)/(o.servers+o.callouts+o.clients))
+		byCPU = append(byCPU, (t.servers+t.clients)/(n.servers+n.callouts+n.clients))
 	}
 	floor := signatureFloor()
 	rate := func(s storm) float64 { return s.rate }
