@@ -20,22 +20,20 @@ import (
 	"unibus.internal/bus"
 )
 
-// maxDepth is deeper than any document of the API.
-const maxDepth = 8
-
 func invalid(format string, args ...any) error { return bus.E(bus.Invalid, format, args...) }
 
 // decode reads a JSON document into a value, and only a document in which
 // every byte means what its writer and any other reader think it means: UTF-8,
 // one value, no name twice, no name that differs from ours in anything (Go
-// alone would take "ROLE" for "role"), nothing that the schema does not know.
+// alone would take "ROLE" for "role"), nothing that the schema does not know. It
+// is read as deeply as the schema goes and no deeper.
 func decode(body []byte, s *schema, into any) error {
 	if !utf8.Valid(body) || !json.Valid(body) {
 		return invalid("the body is not one JSON document in UTF-8")
 	}
 	d := json.NewDecoder(bytes.NewReader(body))
 	d.UseNumber()
-	if err := walk(d, s, "the body", 0); err != nil {
+	if err := walk(d, s, "the body"); err != nil {
 		return err
 	}
 	if _, err := d.Token(); !errors.Is(err, io.EOF) {
@@ -51,7 +49,7 @@ func decode(body []byte, s *schema, into any) error {
 }
 
 // walk checks the next value of d, which json.Valid has seen.
-func walk(d *json.Decoder, s *schema, at string, depth int) error {
+func walk(d *json.Decoder, s *schema, at string) error {
 	t, err := d.Token()
 	if err != nil {
 		return invalid("%s cannot be read", at)
@@ -63,17 +61,15 @@ func walk(d *json.Decoder, s *schema, at string, depth int) error {
 			return invalid("%s %s", at, why)
 		}
 		return nil
-	case depth == maxDepth:
-		return invalid("%s is nested too deeply", at)
 	case delim == '{' && s.kind() == "object":
-		return walkObject(d, s, at, depth)
+		return walkObject(d, s, at)
 	case delim == '[' && s.kind() == "array":
-		return walkArray(d, s, at, depth)
+		return walkArray(d, s, at)
 	}
 	return invalid("%s must be %s", at, article(s.kind()))
 }
 
-func walkObject(d *json.Decoder, s *schema, at string, depth int) error {
+func walkObject(d *json.Decoder, s *schema, at string) error {
 	seen := map[string]bool{}
 	for d.More() {
 		t, err := d.Token()
@@ -89,7 +85,7 @@ func walkObject(d *json.Decoder, s *schema, at string, depth int) error {
 			return invalid("%s has the field %s twice", at, name)
 		}
 		seen[name] = true
-		if err := walk(d, p, name, depth+1); err != nil {
+		if err := walk(d, p, name); err != nil {
 			return err
 		}
 	}
@@ -102,13 +98,13 @@ func walkObject(d *json.Decoder, s *schema, at string, depth int) error {
 	return err
 }
 
-func walkArray(d *json.Decoder, s *schema, at string, depth int) error {
+func walkArray(d *json.Decoder, s *schema, at string) error {
 	n := 0
 	for d.More() {
 		if n++; s.MaxItems != nil && n > *s.MaxItems {
 			return invalid("%s has more than %d entries", at, *s.MaxItems)
 		}
-		if err := walk(d, s.Items, "an entry of "+at, depth+1); err != nil {
+		if err := walk(d, s.Items, "an entry of "+at); err != nil {
 			return err
 		}
 	}
