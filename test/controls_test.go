@@ -43,6 +43,7 @@ var controls = []control{
 	{guard.NonceOnce, "test", "TestLifecycle", true},
 	{guard.NonceOnce, "test", "TestThreats/T29_replays", true},
 	{guard.RequestSignature, "test", "TestThreats/T31_changed_requests", true},
+	{guard.CallerRecheck, "test", "TestInterrupted/stopped_while_asked", true},
 }
 
 // TestControls takes each protection away in turn and demands that the test

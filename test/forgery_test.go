@@ -59,9 +59,9 @@ func (th *threats) to(i int, c captured) (*apiResponse, error) {
 }
 
 // written counts the records of each key in a bucket.
-func (th *threats) written(t testing.TB, bucket, keys string) map[string]uint64 {
+func (w *world) written(t testing.TB, bucket, keys string) map[string]uint64 {
 	t.Helper()
-	js, err := jetstream.New(th.Ops())
+	js, err := jetstream.New(w.Ops())
 	if err != nil {
 		t.Fatal(err)
 	}
