@@ -207,7 +207,13 @@ var hostile = []any{
 	"1969-12-31T23:59:59Z", "1970-01-01T00:00:00Z", "9999-12-31T23:59:59Z", "9999-12-31T23:59:59-23:59", "0000-01-01T00:00:00Z",
 	"2030-01-01T00:00:00,5Z", "2030-01-01T24:00:00Z", "2030-01-01T00:00:00+24:00", "2030-02-30T00:00:00Z", "2030-01-01 00:00:00Z", "2030-01-01T23:59:60Z",
 	"2030-01-01t00:00:00z", "2030-01-01T00:00:00.999999999Z", "1.0", "0.0", "9223372036854775807.32767",
-	plantedSeed, "x\x07" + plantedSeed, []any{}, []any{nil}, []any{[]any{}}, map[string]any{}, map[string]any{"$ref": "#"}, map[string]any{"": nil},
+	plantedSeed, "x\x07" + plantedSeed,
+	[]any{},
+	[]any{nil},
+	[]any{[]any{}},
+	map[string]any{},
+	map[string]any{"$ref": "#"},
+	map[string]any{"": nil},
 }
 
 // plantedSeed looks like the seed of an identity, and is nobody's.

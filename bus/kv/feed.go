@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	mrand "math/rand/v2"
 	"strings"
 	"time"
 
@@ -23,7 +24,10 @@ const (
 	// into one lease.
 	silence      = 3 * heartbeat
 	rebuildPause = 200 * time.Millisecond
-	apiTimeout   = 2 * time.Second
+	// mostPause keeps many Views that all reload from keeping an overloaded
+	// cluster overloaded; with detection and a reload it still fits into a lease.
+	mostPause  = 2 * time.Second
+	apiTimeout = 2 * time.Second
 )
 
 // Run feeds the View and keeps its lease until ctx ends, then releases the
@@ -42,12 +46,16 @@ func (v *View) Run(ctx context.Context) {
 // follow keeps one table fed. Each attempt loads the stream from nothing into a
 // new table; the old one serves, unacknowledging, until its lease runs out.
 func (v *View) follow(ctx context.Context, i int) {
+	pause := rebuildPause
 	for ctx.Err() == nil {
 		err := v.feed(ctx, i)
 		if ctx.Err() != nil {
 			return
 		}
 		v.mu.Lock()
+		if v.live[i] { // it worked until now
+			pause = rebuildPause
+		}
 		v.live[i] = false
 		if errors.Is(err, errUntrusted) {
 			v.dropLocked(err.Error())
@@ -57,8 +65,9 @@ func (v *View) follow(ctx context.Context, i int) {
 		v.log.Warn("feed lost; reloading", "stream", StreamName(viewBuckets[i]), "err", err)
 		select {
 		case <-ctx.Done():
-		case <-time.After(rebuildPause):
+		case <-time.After(pause/2 + mrand.N(pause)): // not all at the same moment
 		}
+		pause = min(2*pause, mostPause)
 	}
 }
 
