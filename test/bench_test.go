@@ -82,6 +82,7 @@ func runBench(t testing.TB, out io.Writer, s scale) {
 	b.refusals()
 	b.barriers()
 	b.changes()
+	b.closings()
 	b.fill(rss)
 }
 
@@ -250,6 +251,30 @@ func (b *bench) changes() {
 		b.row(c.name+": return p50 / p99", "", "%s / %s", ms(quantile(returned, .50)), ms(quantile(returned, .99)))
 		b.row(c.name+": write to 6 of 6 Views p50 / p99", "p99 <= 5 ms", "%s / %s", ms(quantile(applied, .50)), ms(quantile(applied, .99)))
 	}
+}
+
+// closings revokes people who are connected to every node, from the call to the
+// moment at which the last of their connections has noticed.
+func (b *bench) closings() {
+	took := make([]time.Duration, b.scale.changes)
+	for i := range took {
+		p := b.addUser(fmt.Sprintf("closing-%d", i))
+		closed := make(chan time.Time, len(b.Nodes()))
+		for _, c := range b.rawEverywhere(p) {
+			go func() {
+				_, _ = c.Await(func(wire.Message) bool { return false })
+				closed <- time.Now()
+			}()
+		}
+		started := time.Now()
+		if _, err := b.store.RevokeUser(b.t.Context(), p.key); err != nil {
+			b.t.Fatal(err)
+		}
+		for range cap(closed) {
+			took[i] = max(took[i], (<-closed).Sub(started))
+		}
+	}
+	b.row("revoke to all 3 connections closed p50 / p99", "p99 <= 40 ms", "%s / %s", ms(quantile(took, .50)), ms(quantile(took, .99)))
 }
 
 // fill fills the buckets and looks at memory and at the time to load them.

@@ -174,9 +174,6 @@ func (e *Enforcer) opened(s *server, seen sight) {
 	}
 	c := e.table.add(s, seen, e.cfg.Now())
 	admitted, hold := e.cfg.Service.effects.take(s.id, seen.cid)
-	if hold != nil {
-		defer func() { e.settle(e.kicksOf(c), hold.Release) }()
-	}
 	_, held := e.view.Lease()
 	if c.admitted = admitted; admitted == nil {
 		// Another instance admitted it, and closes it should that have been on
@@ -186,8 +183,16 @@ func (e *Enforcer) opened(s *server, seen sight) {
 			c.admitted, _ = e.view.Access(c.of.key)
 		}
 	}
-	if held && !guard.Off(guard.ConnectRecheck) {
+	judged := held || admitted != nil && e.whole() // what we know it rested on needs no lease to be compared
+	if judged && !guard.Off(guard.ConnectRecheck) {
 		e.judge(c.of, "connect")
+	}
+	switch {
+	case hold == nil:
+	case judged:
+		e.settle(e.kicksOf(c), hold.Release)
+	default:
+		e.deferChange(hold.Release)
 	}
 	e.limit(c.of)
 }

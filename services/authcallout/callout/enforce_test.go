@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -205,10 +206,10 @@ func (w *warden) hears(verb string, cid int, user string) {
 func (w *warden) opens(cid int) { w.hears("CONNECT", cid, w.scene.client.pub) }
 
 // changes lets the View apply a change and returns whether it has been enforced.
-func (w *warden) changes(c kv.Change, a *kv.Access) (done *bool) {
+func (w *warden) changes(c kv.Change, a *kv.Access) (done *atomic.Bool) {
 	w.access[w.user] = a
-	done = new(bool)
-	w.Changed(c, func() { *done = true })
+	done = &atomic.Bool{}
+	w.Changed(c, func() { done.Store(true) })
 	return done
 }
 
@@ -262,15 +263,15 @@ func TestAChangeIsEnforcedWhenItsConnectionsAreGone(t *testing.T) {
 		second := w.changes(w.ofUser(""), nil)
 		w.wantSent(t, kicked(1), kicked(2))
 		w.end(2, kickGone)
-		if *first || *second {
+		if first.Load() || second.Load() {
 			t.Fatal("enforced while a connection lives")
 		}
 		w.hears("DISCONNECT", 2, "")
-		if !*first || !*second {
+		if !first.Load() || !second.Load() {
 			t.Error("not enforced when all are gone")
 		}
 		w.wantKnown(t)
-		if third := w.changes(w.ofUser(""), nil); !*third {
+		if third := w.changes(w.ofUser(""), nil); !third.Load() {
 			t.Error("a change that ends nothing waits")
 		}
 		w.wantSent(t)
@@ -292,11 +293,11 @@ func TestASilentServerIsNoProof(t *testing.T) {
 				w := newWarden(t)
 				w.opens(1)
 				done := w.changes(w.ofUser(""), nil)
-				if *done {
+				if done.Load() {
 					t.Fatal("enforced at once")
 				}
 				silence(w)
-				if !*done {
+				if !done.Load() {
 					t.Error("waits for ever")
 				}
 				w.wantKnown(t, 1)
@@ -318,7 +319,7 @@ func TestASilentServerIsNoProof(t *testing.T) {
 		w := newWarden(t)
 		w.opens(1)
 		w.fails = nats.ErrConnectionClosed
-		if done := w.changes(w.ofUser(""), nil); !*done {
+		if done := w.changes(w.ofUser(""), nil); !done.Load() {
 			t.Error("waits for a kick that was never sent")
 		}
 	})
@@ -411,6 +412,34 @@ func TestAConnectionIsLookedAtAgainWhenItOpens(t *testing.T) {
 	})
 }
 
+// An admission of ours that opens while there is no lease is compared with what
+// the View says all the same, and while half of it is loaded it waits.
+func TestOurAdmissionsAreLookedAtWithoutALease(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWarden(t)
+		w.lease = false
+		h := &counter{}
+		old := w.rights(t, dev, ops)
+		w.cfg.Service.effects.begin(&call{serverID: "NA", clientID: 1}, old, h, time.Hour)
+		w.cfg.Service.effects.begin(&call{serverID: "NA", clientID: 2}, old, h, time.Hour)
+		w.opens(1)
+		w.wantSent(t, kicked(1))
+		h.want(t, 0)
+		w.end(1, kickClosed)
+		h.want(t, 1)
+		w.partial = true
+		w.opens(2)
+		h.want(t, 1)
+		w.wantSent(t)
+		w.partial, w.lease = false, true
+		w.Resync()
+		w.wantSent(t, kicked(2))
+		h.want(t, 1)
+		w.end(2, kickClosed)
+		h.want(t, 2)
+	})
+}
+
 // Without a lease nobody is judged by what the View says of them; with one, all
 // are, also those whose beginning was not seen.
 func TestNobodyIsJudgedWithoutALease(t *testing.T) {
@@ -423,13 +452,13 @@ func TestNobodyIsJudgedWithoutALease(t *testing.T) {
 		w.wantSent(t)
 		<-time.After(kickPatience / 2)
 		synctest.Wait()
-		if *done {
+		if done.Load() {
 			t.Error("a change is enforced by a View that is not whole")
 		}
 		w.lease, w.partial, w.access[w.user] = true, false, w.rights(t, ops)
 		w.Resync()
 		w.wantSent(t)
-		if !*done {
+		if !done.Load() {
 			t.Error("not enforced when the View is whole")
 		}
 		w.partial, w.lease = true, false
@@ -437,7 +466,7 @@ func TestNobodyIsJudgedWithoutALease(t *testing.T) {
 		late := w.changes(w.ofUser(""), nil)
 		<-time.After(kickPatience)
 		synctest.Wait()
-		if !*late {
+		if !late.Load() {
 			t.Error("waits for ever")
 		}
 		w.partial, w.lease, w.narrowed, w.access[w.user] = false, true, true, w.rights(t, ops)
