@@ -350,11 +350,22 @@ func TestCalloutStopsWithoutHarm(t *testing.T) {
 }
 
 // TestCalloutKeyRotation replaces the issuer and the xkey of a live cluster,
-// node by node: callouts that hold both generations answer both.
+// node by node: callouts that hold both generations answer both. It is the
+// drill for a stolen issuer seed (T40): whoever holds the old seed and all else
+// that a callout has admits people before the rotation, and nobody after it.
 func TestCalloutKeyRotation(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, cluster.Options{})
 	p := w.addUser("alice")
+	stolen := newThiefOfIssuer(t, w)
+	stolen.answering(t, func() {
+		cluster.WaitFor(t, 30*time.Second, "the thief to admit alice before the rotation", func() error {
+			if v, err := w.attempt(1, p); v != admitted {
+				return fmt.Errorf("%s: %w", v, err)
+			}
+			return nil
+		})
+	})
 	issuer, xkey := newSeed(t, nkeys.PrefixByteAccount), newSeed(t, nkeys.PrefixByteCurve)
 	for _, i := range w.Nodes() {
 		creds := filepath.Join(w.Etc(i), "creds")
@@ -398,6 +409,66 @@ func TestCalloutKeyRotation(t *testing.T) {
 		w.restartCallout(i)
 	}
 	w.waitAdmits(p, 1, 2, 3)
+
+	stolen.learns(t, "xkey.nk") // else it could not even read what it is asked
+	stolen.answering(t, func() {
+		cluster.Hold(t, 10*time.Second, "nobody admitted by the old seed", func() error {
+			for _, i := range w.Nodes() {
+				if v, _ := w.attempt(i, p); v == admitted {
+					return fmt.Errorf("n%d admitted alice", i)
+				}
+			}
+			return nil
+		})
+	})
+	w.waitAdmits(p, 1, 2, 3)
+}
+
+// thiefOfIssuer has a copy of all credentials of a callout, and a callout.
+type thiefOfIssuer struct {
+	w             *world
+	creds, issuer string
+}
+
+func newThiefOfIssuer(t *testing.T, w *world) *thiefOfIssuer {
+	return &thiefOfIssuer{w, w.copyCreds(t), publicOf(t, w.Seed("issuer"))}
+}
+
+func (h *thiefOfIssuer) learns(t *testing.T, name string) {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(h.w.Etc(1), "creds", name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(h.creds, name), text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// answering lets the thief's callout be the only one while do runs.
+func (h *thiefOfIssuer) answering(t *testing.T, do func()) {
+	t.Helper()
+	for _, i := range h.w.Nodes() {
+		h.w.Term(i, cluster.Authcallout)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	over := make(chan ended, 1)
+	go func() {
+		over <- h.w.callout(ctx, t, func(env map[string]string) {
+			env["UNIBUS_CREDS_DIR"], env["UNIBUS_ISSUER"] = h.creds, h.issuer
+		})
+	}()
+	do()
+	stop()
+	if e := <-over; !strings.Contains(e.log, "lease held=true") {
+		t.Errorf("the thief did not even get as far as a lease:\n%s", e.log)
+	} else {
+		t.Log(e.log)
+	}
+	for _, i := range h.w.Nodes() {
+		h.w.StartNode(i, cluster.Authcallout)
+	}
+	h.w.waitAdmits(h.w.admin, h.w.Nodes()...)
 }
 
 // restartCallout is one step of a rolling restart.
