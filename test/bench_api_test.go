@@ -43,7 +43,7 @@ func TestBenchAPIStillRuns(t *testing.T) {
 // authentication of requests taken out, and prints a table for
 // docs/performance.md.
 func BenchmarkAPI(b *testing.B) {
-	runBenchAPI(b, os.Stdout, apiScale{rounds: 3, clients: 32, alone: 200, crowd: 1600})
+	runBenchAPI(b, os.Stdout, apiScale{rounds: 5, clients: 32, alone: 200, crowd: 1600})
 }
 
 // benchAPI is one run. Both clusters are up all the time, and asked in turn.
