@@ -2,6 +2,7 @@ package kv
 
 import (
 	"context"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -106,32 +107,42 @@ func Peers(ctx context.Context, nc *nats.Conn) ([]string, error) {
 // in no bucket and no expectation on records ever sees it.
 const probeKey = barrierKeys + "probe.ops"
 
-// Probe writes one record to every stream of account CTRL and returns what
-// failed, by stream. A stream that reports a leader and current replicas may
-// still hang every write, so a rolling restart asks this before it goes on.
-// It needs the rights of ops.
+// Probe writes one record to every stream of account CTRL, to all at once, and
+// returns what failed, by stream. A stream that reports a leader and current
+// replicas may still hang every write, so a rolling restart asks this before it
+// goes on. It needs the rights of ops.
 func Probe(ctx context.Context, nc *nats.Conn) map[string]error {
 	js, err := newJetStream(nc)
-	failed := map[string]error{}
-	for _, want := range Streams() {
-		subject := "$KV." + want.Name[len("KV_"):] + "." + probeKey
-		if want.Name == AuditStream {
-			subject = "unibus.audit." + probeKey
-		}
-		if err == nil {
-			m := nats.NewMsg(subject)
-			if want.AllowMsgTTL {
-				m.Header.Set("Nats-TTL", (10 * time.Second).String())
-			}
-			pctx, cancel := context.WithTimeout(ctx, writeTimeout)
-			_, perr := js.PublishMsg(pctx, m, jetstream.WithExpectStream(want.Name), jetstream.WithRetryAttempts(0))
-			cancel()
-			if perr != nil {
-				failed[want.Name] = perr
-			}
+	wants := Streams()
+	failures := make([]error, len(wants))
+	var writes sync.WaitGroup
+	for i, want := range wants {
+		if failures[i] = err; err != nil {
 			continue
 		}
-		failed[want.Name] = err
+		writes.Go(func() { failures[i] = probe(ctx, js, want) })
+	}
+	writes.Wait()
+	failed := map[string]error{}
+	for i, want := range wants {
+		if failures[i] != nil {
+			failed[want.Name] = failures[i]
+		}
 	}
 	return failed
+}
+
+func probe(ctx context.Context, js jetstream.JetStream, want jetstream.StreamConfig) error {
+	subject := "unibus.audit." + probeKey
+	if want.Name != AuditStream {
+		subject = "$KV." + want.Name[len("KV_"):] + "." + probeKey
+	}
+	m := nats.NewMsg(subject)
+	if want.AllowMsgTTL {
+		m.Header.Set("Nats-TTL", (10 * time.Second).String())
+	}
+	pctx, cancel := context.WithTimeout(ctx, writeTimeout)
+	defer cancel()
+	_, err := js.PublishMsg(pctx, m, jetstream.WithExpectStream(want.Name), jetstream.WithRetryAttempts(0))
+	return err
 }

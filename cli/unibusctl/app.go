@@ -40,6 +40,7 @@ func (a *app) commands() []*cli.Command {
 		a.aclCommand(),
 		a.auditCommand(),
 		a.clusterCommand(),
+		a.doctorCommand(),
 		a.identityCommand(),
 		a.pkiCommand(),
 		a.configCommand(),
