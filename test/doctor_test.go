@@ -170,14 +170,22 @@ func TestDoctor(t *testing.T) {
 		{"a right too many", usual, direct("room", "add", room, out, "--role", "writer"), direct("room", "remove", room, out), "n2", "allow.roomless", "ALLOWED to subscribe to room." + room},
 		{"probe user suspended", usual, direct("user", "suspend", handle), direct("user", "resume", handle), "n1", "allow.room", "not admitted"},
 		{"bucket of one replica", usual, replicas(1), replicas(3), "cluster", "bucket KV_UNIBUS_room_keys", "num_replicas = 1"},
-		{"callout stopped", usual, func(t *testing.T) { c.In(t).Term(2, cluster.Authcallout) },
-			func(t *testing.T) { c.In(t).StartNode(2); healthy(t) }, "n2", "callout", "no authcallout holds a lease"},
-		{"callout killed", usual, func(t *testing.T) { c.In(t).Kill(3, cluster.Authcallout) },
-			func(t *testing.T) { c.In(t).StartNode(3); healthy(t) }, "cluster", "callouts", "authcallout-n3"},
-		{"membership killed", usual, func(t *testing.T) { c.In(t).Kill(1, cluster.Membership) },
-			func(t *testing.T) { c.In(t).StartNode(1); healthy(t) }, "n1", "membership", "does not answer"},
-		{"server killed", usual, func(t *testing.T) { c.In(t).Kill(3, cluster.NATS) },
-			func(t *testing.T) { c.In(t).StartNode(3); healthy(t) }, "n3", "nats.tls", "does not answer"},
+		{
+			"callout stopped", usual, func(t *testing.T) { c.In(t).Term(2, cluster.Authcallout) },
+			func(t *testing.T) { c.In(t).StartNode(2); healthy(t) }, "n2", "callout", "no authcallout holds a lease",
+		},
+		{
+			"callout killed", usual, func(t *testing.T) { c.In(t).Kill(3, cluster.Authcallout) },
+			func(t *testing.T) { c.In(t).StartNode(3); healthy(t) }, "cluster", "callouts", "authcallout-n3",
+		},
+		{
+			"membership killed", usual, func(t *testing.T) { c.In(t).Kill(1, cluster.Membership) },
+			func(t *testing.T) { c.In(t).StartNode(1); healthy(t) }, "n1", "membership", "does not answer",
+		},
+		{
+			"server killed", usual, func(t *testing.T) { c.In(t).Kill(3, cluster.NATS) },
+			func(t *testing.T) { c.In(t).StartNode(3); healthy(t) }, "n3", "nats.tls", "does not answer",
+		},
 		{"broken record", usual, func(t *testing.T) {
 			if _, err := js.Publish(t.Context(), "$KV.UNIBUS_users."+strings.Repeat("ab", 32), []byte("{")); err != nil {
 				t.Fatal(err)
