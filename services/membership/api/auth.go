@@ -221,28 +221,26 @@ func (g *gate) authenticate(x *exchange) error {
 	return nil
 }
 
-// standing is where a key stands, in the words of the callout.
+// Where a key stands, in the words of the callout.
 const (
 	standingActive  = "active"
 	standingRevoked = "revoked"
 )
 
+// standing is where a key stands. Who is in too many rooms to connect may still
+// ask here: to leave some.
 func standing(a *kv.Access, err error, now time.Time) string {
 	switch {
 	case err != nil:
 		return "broken_record"
 	case a == nil:
 		return "unknown"
-	case a.User.Status == bus.Active && a.User.ActiveAt(now):
-		return standingActive
-	case a.User.Status == bus.Active:
-		return "expired"
-	case a.User.Status == bus.Suspended:
-		return "suspended"
-	case a.User.Status == bus.Revoked:
-		return standingRevoked
 	}
-	return "unknown_status"
+	ok, reason := a.Admitted(now)
+	if ok || a.User.ActiveAt(now) {
+		return standingActive
+	}
+	return reason
 }
 
 // lookUp says how a key stands now. Before it says that somebody may not enter,
