@@ -88,6 +88,7 @@ func targets(all []rights) []string {
 // TestAccessMatrix crosses users with subjects and verbs on a live cluster. Each
 // cell compares the server's answer with what the person may do.
 func TestAccessMatrix(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, cluster.Options{})
 	all := cast(w)
 	cells, leaks := 0, 0

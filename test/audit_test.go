@@ -26,6 +26,7 @@ import (
 
 // TestAudit holds the audit to what docs/audit.md promises, on a live cluster.
 func TestAudit(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, cluster.Options{})
 	a := &auditors{world: w, signer: newPerson(t, "signer")}
 	t.Run("connects are on record", a.connects)

@@ -120,6 +120,7 @@ func staticUsers() []staticUser {
 // TestStaticUsers renders three nodes through unibusctl and holds every static
 // key to its table, on every node. No callout runs: none of them needs it.
 func TestStaticUsers(t *testing.T) {
+	t.Parallel()
 	c := cluster.Start(t, cluster.Options{})
 	for _, u := range staticUsers() {
 		t.Run(u.name, func(t *testing.T) {
@@ -316,6 +317,7 @@ func knockAsRoute(address string, trust *tls.Config, credentials string) (string
 // keys: membership makes and verifies every stream, both hold a lease, and the
 // callout reaches every server for the enforcement of live changes.
 func TestServicesHaveEnoughRights(t *testing.T) {
+	t.Parallel()
 	c := cluster.Start(t, cluster.Options{})
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()

@@ -29,6 +29,7 @@ const denialText = "'Authorization Violation'"
 // TestConnect tries to get in by every way that is not a proof of a known,
 // active key: by hand, on each node of one live cluster.
 func TestConnect(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, cluster.Options{})
 	d := &door{world: w, alice: w.addUser("alice"), bob: w.addUser("bob")}
 	w.addRoom("ops", d.alice, kv.RoomOptions{})

@@ -125,6 +125,7 @@ func TestConfigCheckOfAStagedNode(t *testing.T) {
 
 // What --against says about a reload is what the stock server does.
 func TestConfigCheckForetellsTheReload(t *testing.T) {
+	t.Parallel()
 	c := cluster.Start(t, cluster.Options{NoWait: true})
 	cluster.WaitFor(t, 30*time.Second, "the server of node 1", func() error { return c.NATSHealthy(t.Context(), 1) })
 	old := filepath.Join(t.TempDir(), "running")
@@ -200,6 +201,7 @@ func reload(t *testing.T, c *cluster.Cluster, i int) (refused bool) {
 // Every reload closes what the auth callout admitted on that server, also one
 // that changes nothing: this is what --against warns of. Nobody else notices.
 func TestEveryReloadDropsBusUsers(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, cluster.Options{})
 	running := filepath.Join(t.TempDir(), "running")
 	if err := os.CopyFS(running, os.DirFS(w.Etc(1))); err != nil {

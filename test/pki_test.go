@@ -21,6 +21,7 @@ import (
 // nothing on a route port; and nobody who trusts the client CA takes a route's
 // certificate for a server of the bus.
 func TestTheTwoAuthoritiesOpenNothingOfEachOther(t *testing.T) {
+	t.Parallel()
 	c := cluster.Start(t, cluster.Options{})
 	route, client := cluster.Loopback(c.Ports[0].Route), cluster.Loopback(c.Ports[0].NATS)
 
@@ -94,6 +95,7 @@ func trust(t *testing.T, c *cluster.Cluster, authority string) *x509.CertPool {
 // A renewal is reloaded without a restart, and `pki status` tells a port that
 // shows its file's certificate from one that still has the old one.
 func TestRenewedCertificatesAreReloaded(t *testing.T) {
+	t.Parallel()
 	c := cluster.Start(t, cluster.Options{})
 	status := func() cluster.Result {
 		return c.CLI("pki", "status", "--dir", c.PKI(),

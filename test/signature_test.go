@@ -148,6 +148,7 @@ func serverSide(t testing.TB, req *http.Request) (*http.Request, []byte) {
 // Clients and servers that share no code with unibus understand its signatures,
 // both ways: docs/protocol.md section 7.1 is enough to write one.
 func TestSignatureInterop(t *testing.T) {
+	t.Parallel()
 	n := newNode(t)
 	pair, err := nkeys.CreateUser()
 	if err != nil {
