@@ -149,6 +149,9 @@ func (n *insiders) slowReader(t *testing.T) {
 	block := bytes.Repeat([]byte("x"), 1<<19)
 	sent := int64(0)
 	cluster.WaitFor(t, time.Minute, "the reader who does not read to be closed", func() error {
+		if got := heard.Load(); got != sent { // no faster than who reads can, or they would be slow readers too
+			return fmt.Errorf("who reads has %d of %d", got, sent)
+		}
 		for range 20 {
 			if err := writer.Publish("room.ops."+n.alice.key.NKey()+".flood", block); err != nil {
 				return err
