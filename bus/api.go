@@ -48,6 +48,13 @@ type RoomInfo struct {
 	Revision    uint64     `json:"revision"`
 }
 
+// RoomDetail is a room with those who are present in it: their list takes the
+// place of the number that RoomInfo gives under the same name.
+type RoomDetail struct {
+	RoomInfo
+	Members []MemberInfo `json:"members"`
+}
+
 // MemberInfo is one membership. A revoked user stays listed and has no access:
 // UserStatus says so.
 type MemberInfo struct {

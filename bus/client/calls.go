@@ -316,15 +316,9 @@ func (c *Client) AllRooms(ctx context.Context, q RoomQuery) ([]bus.RoomInfo, err
 	})
 }
 
-// RoomDetail is a room with those who are present in it.
-type RoomDetail struct {
-	bus.RoomInfo
-	Members []bus.MemberInfo `json:"members"`
-}
-
 // Room is one room with its members. To who is not in it, it is not_found.
-func (c *Client) Room(ctx context.Context, id bus.RoomID) (RoomDetail, error) {
-	var out struct{ Room RoomDetail }
+func (c *Client) Room(ctx context.Context, id bus.RoomID) (bus.RoomDetail, error) {
+	var out struct{ Room bus.RoomDetail }
 	path, err := roomPath(id)
 	if err == nil {
 		err = c.get(ctx, path, nil, &out)

@@ -42,7 +42,7 @@ type backend interface {
 
 	// Rooms are all of them to an admin, and with --direct; else one's own.
 	Rooms(ctx context.Context) ([]bus.RoomInfo, error)
-	Room(ctx context.Context, id bus.RoomID) (client.RoomDetail, error)
+	Room(ctx context.Context, id bus.RoomID) (bus.RoomDetail, error)
 	CreateRoom(ctx context.Context, r client.NewRoom) (bus.Change, error)
 	DescribeRoom(ctx context.Context, id bus.RoomID, description string, revision uint64) (bus.Change, error)
 	ArchiveRoom(ctx context.Context, id bus.RoomID) (bus.Change, error)

@@ -315,12 +315,12 @@ func (d *direct) room(id bus.RoomID) (bus.RoomInfo, error) {
 	return r, nil
 }
 
-func (d *direct) Room(_ context.Context, id bus.RoomID) (client.RoomDetail, error) {
+func (d *direct) Room(_ context.Context, id bus.RoomID) (bus.RoomDetail, error) {
 	r, err := d.room(id)
 	if err != nil {
-		return client.RoomDetail{}, err
+		return bus.RoomDetail{}, err
 	}
-	return client.RoomDetail{RoomInfo: r, Members: d.view.MemberInfos(id, false)}, nil
+	return bus.RoomDetail{RoomInfo: r, Members: d.view.MemberInfos(id, false)}, nil
 }
 
 // CreateRoom makes a room of --owner, or of the user of --identity: the ops

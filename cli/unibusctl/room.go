@@ -142,7 +142,7 @@ func (a *app) roomShow(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	var r client.RoomDetail
+	var r bus.RoomDetail
 	err = a.reading(c.Context, func(ctx context.Context, b backend) (err error) {
 		r, err = b.Room(ctx, id)
 		return err

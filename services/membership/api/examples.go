@@ -42,9 +42,12 @@ var (
 		SignPub: exampleAlice, NKey: exampleAlice.NKey(), Handle: "alice", Role: bus.Owner, Status: bus.Present,
 		UserStatus: bus.Active, AddedAt: exampleTime, Revision: 4,
 	}
-	exampleRoomDetail = roomDetail{
-		Room: "ops", Status: bus.RoomActive, Description: "what happens on the machines", Creator: exampleAlice,
-		CreatedAt: exampleTime, Members: []bus.MemberInfo{exampleMember}, Revision: 3,
+	exampleRoomDetail = bus.RoomDetail{
+		RoomInfo: bus.RoomInfo{
+			Room: "ops", Status: bus.RoomActive, Description: "what happens on the machines", Creator: exampleAlice,
+			CreatedAt: exampleTime, Revision: 3,
+		},
+		Members: []bus.MemberInfo{exampleMember},
 	}
 	exampleInvite = bus.InviteInfo{
 		ID: "5f0c1f2e3d4c5b6a", Status: bus.InviteOpen, Role: bus.Member, Handle: "bob",

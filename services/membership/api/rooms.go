@@ -4,7 +4,6 @@ import (
 	"context"
 	"net/http"
 	"slices"
-	"time"
 
 	"unibus.internal/bus"
 	"unibus.internal/bus/kv"
@@ -24,23 +23,8 @@ type roomsAnswer struct {
 	Next  string         `json:"next"`
 }
 
-// roomDetail is a room with who is in it. The list takes the place of the
-// number that RoomInfo gives under the same name.
-type roomDetail struct {
-	Room        bus.RoomID       `json:"room"`
-	Status      bus.RoomStatus   `json:"status"`
-	Durable     bool             `json:"durable"`
-	Encrypted   bool             `json:"encrypted"`
-	Description string           `json:"description"`
-	Creator     bus.UserKey      `json:"creator"`
-	CreatedAt   time.Time        `json:"created_at"`
-	ArchivedAt  *time.Time       `json:"archived_at"`
-	Members     []bus.MemberInfo `json:"members"`
-	Revision    uint64           `json:"revision"`
-}
-
 type roomAnswer struct {
-	Room roomDetail `json:"room"`
+	Room bus.RoomDetail `json:"room"`
 }
 
 func (r roomAnswer) revision() uint64 { return r.Room.Revision }
@@ -119,11 +103,7 @@ func (a *api) room(_ context.Context, c *caller, in *roomPath) (roomAnswer, erro
 	if !ok {
 		return roomAnswer{}, noRoom(in.Room)
 	}
-	return roomAnswer{roomDetail{
-		Room: r.Room, Status: r.Status, Durable: r.Durable, Encrypted: r.Encrypted, Description: r.Description,
-		Creator: r.Creator, CreatedAt: r.CreatedAt, ArchivedAt: r.ArchivedAt,
-		Members: a.view.MemberInfos(in.Room, false), Revision: r.Revision,
-	}}, nil
+	return roomAnswer{bus.RoomDetail{RoomInfo: r, Members: a.view.MemberInfos(in.Room, false)}}, nil
 }
 
 type createRoomRequest struct {
