@@ -11,6 +11,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -36,6 +37,7 @@ func TestAPI(t *testing.T) {
 		{"rotate", a.rotate},
 		{"audit", a.audit},
 		{"pages", a.pages},
+		{"a crowd", a.crowd},
 		{"if-match", a.ifMatch},
 		{"who may", a.whoMay},
 		{"strict requests", a.strictRequests},
@@ -66,6 +68,23 @@ func newAPIWorld(t *testing.T, o cluster.Options) *apiWorld {
 	a.root = a.as(a.admin)
 	a.alice, a.bob = a.add(t, "alice"), a.add(t, "bob")
 	return a
+}
+
+// crowd: very many changes that exclude each other, all at once, all take
+// effect. A user's rooms are one table, of which each compare-and-set wants the
+// newest state.
+func (a *apiWorld) crowd(t *testing.T) {
+	var asking sync.WaitGroup
+	for n := range 190 { // as many as one key may ask for at once
+		asking.Go(func() {
+			body, _ := json.Marshal(dict{"room": fmt.Sprintf("crowd-%d", n), "owner": "bob"})
+			r, err := a.api(1, a.admin).send(t.Context(), apiRequest{method: "POST", path: "/v1/rooms", body: body})
+			if err != nil || r.status != http.StatusCreated {
+				t.Errorf("room %d: %v %v", n, r, err)
+			}
+		})
+	}
+	asking.Wait()
 }
 
 // as is a client of node 1 whose answers are checked against the document.

@@ -25,11 +25,13 @@ func (s *Store) CreateRoom(ctx context.Context, id bus.RoomID, owner bus.UserKey
 		return Result{}, err
 	}
 	return s.retried(ctx, string(id), func(s *Store) (Result, error) {
-		want := s.view.allMemberships(owner)
-		if err := s.mustBeActive(owner); err != nil {
-			return Result{}, err
+		mayOwn := func() error {
+			if err := s.mustBeActive(owner); err != nil {
+				return err
+			}
+			return s.roomForOneMore(owner)
 		}
-		if err := s.roomForOneMore(owner); err != nil {
+		if err := mayOwn(); err != nil {
 			return Result{}, err
 		}
 		if r, _, ok := s.view.Room(id); ok {
@@ -49,6 +51,13 @@ func (s *Store) CreateRoom(ctx context.Context, id bus.RoomID, owner bus.UserKey
 			if err != nil {
 				return Result{}, err
 			}
+		}
+		want, err := s.allMemberships(ctx, owner)
+		if err != nil {
+			return Result{}, err
+		}
+		if err := mayOwn(); err != nil {
+			return Result{}, err
 		}
 		res, err := s.putMembership(ctx, s.newMembership(id, owner, bus.Owner), want)
 		res.What = fmt.Sprintf("room %s, owned by %s", id, s.nameOf(owner))
@@ -177,7 +186,10 @@ func (s *Store) SetMember(ctx context.Context, id bus.RoomID, k bus.UserKey, rol
 		if err := s.mustBeActive(k); err != nil {
 			return Result{}, err
 		}
-		want := s.view.allMemberships(k)
+		want, err := s.allMemberships(ctx, k)
+		if err != nil {
+			return Result{}, err
+		}
 		old, rev, ok := s.view.Membership(id, k)
 		present := ok && old.Status == bus.Present
 		if !present {
@@ -243,10 +255,18 @@ func noRoom(id bus.RoomID) *bus.Error {
 // readable or not, being the one that was looked at: two rooms taking in one
 // user at the same moment would else pass the limit, and nobody beyond it can
 // connect. Take it before the look.
-func (v *View) allMemberships(k bus.UserKey) expectation {
+func (s *Store) allMemberships(ctx context.Context, k bus.UserKey) (expectation, error) {
+	filter := subjectOf(Members, "*."+k.Hex())
+	if err := s.awaitTurn(ctx, filter); err != nil {
+		return expectation{}, err
+	}
+	return expectation{revision: s.view.newestMembership(k), filter: filter}, nil
+}
+
+func (v *View) newestMembership(k bus.UserKey) uint64 {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
-	return expectation{revision: v.tables[membersIdx].newestOf[k.Hex()], filter: subjectOf(Members, "*."+k.Hex())}
+	return v.tables[membersIdx].newestOf[k.Hex()]
 }
 
 // putMembership writes the truth and then the index that proposes it.

@@ -50,7 +50,10 @@ func (s *Store) RotateUser(ctx context.Context, from, to bus.UserKey) (Result, e
 
 // succeed is step 1. already reports that the rotation was complete before.
 func (s *Store) succeed(ctx context.Context, from, to bus.UserKey) (already bool, err error) {
-	want := s.allUsers()
+	want, err := s.allUsers(ctx)
+	if err != nil {
+		return false, err
+	}
 	old, _, ok := s.view.User(from)
 	if !ok {
 		return false, s.noUser(from)
@@ -88,7 +91,10 @@ func (s *Store) moveRooms(ctx context.Context, from, to bus.UserKey) (moved int,
 		if m.Status != bus.Present || !ok || room.Status != bus.RoomActive {
 			continue
 		}
-		want := s.view.allMemberships(to)
+		want, err := s.allMemberships(ctx, to)
+		if err != nil {
+			return moved, err
+		}
 		if has, _, ok := s.view.Membership(m.Room, to); ok && has.Status == bus.Present {
 			continue
 		}
@@ -102,7 +108,10 @@ func (s *Store) moveRooms(ctx context.Context, from, to bus.UserKey) (moved int,
 
 // handOver is step 3.
 func (s *Store) handOver(ctx context.Context, from, to bus.UserKey) error {
-	want := s.allUsers() // nobody may take the successor away meanwhile: it may be the last admin
+	want, err := s.allUsers(ctx) // nobody may take the successor away meanwhile: it may be the last admin
+	if err != nil {
+		return err
+	}
 	old, _, ok := s.view.User(from)
 	if !ok {
 		return s.noUser(from)
@@ -116,7 +125,7 @@ func (s *Store) handOver(ctx context.Context, from, to bus.UserKey) error {
 	}
 	old.RotatedTo = &to
 	// Written also if it is so already: that proves it again.
-	_, err := s.change(ctx, usersIdx, from.Hex(), old, want)
+	_, err = s.change(ctx, usersIdx, from.Hex(), old, want)
 	return raced(err)
 }
 

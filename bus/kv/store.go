@@ -39,7 +39,8 @@ type Store struct {
 	caller Caller
 	onWait func(Holder, time.Duration)
 	by     time.Time
-	hold   *Hold // of the attempt under way, nil between its decisions
+	hold   *Hold  // of the attempt under way, nil between its decisions
+	turn   func() // ends the turn of the attempt under way, nil if it has none
 }
 
 // hub is what every caller's Store shares.
@@ -104,7 +105,7 @@ func OpenStore(cfg StoreConfig) (*Store, error) {
 // As is the same Store on behalf of a caller.
 func (s *Store) As(c Caller) *Store {
 	out := *s
-	out.caller, out.hold = c, nil
+	out.caller, out.hold, out.turn = c, nil, nil
 	return &out
 }
 
@@ -223,6 +224,12 @@ func (s *Store) change(ctx context.Context, i int, key string, record any, want 
 		return Result{}, err
 	}
 	committed := s.now()
+	if s.turn != nil { // the next one would lose the race if it looked before this can be seen
+		seen, cancel := s.decide(ctx)
+		_ = s.view.waitSeen(seen, i, rev) // prove asks again, for longer
+		cancel()
+		s.leaveTurn()
+	}
 	// The decision has had its effect. To hold on would keep back our own
 	// acknowledgement of it. What the caller decides next is another decision.
 	s.end()
@@ -420,10 +427,12 @@ func (s *Store) retried(ctx context.Context, key string, attempt func(s *Store) 
 	defer done()
 	ours := s.As(s.caller)
 	defer ours.end()
+	defer ours.leaveTurn()
 	for try := 0; ; try++ {
 		prove := ours.current
 		if try > 0 {
 			ours.end()
+			ours.leaveTurn()
 			prove = ours.barrier
 		}
 		if err := prove(ctx); err != nil {
@@ -434,6 +443,35 @@ func (s *Store) retried(ctx context.Context, key string, attempt func(s *Store) 
 		if !errors.Is(err, errRaced) || try == 64 {
 			return res, err
 		}
+	}
+}
+
+// awaitTurn has those in this process that are to write under one filter do so
+// one after another, from the look to the moment at which the View shows what
+// was written: of many at once all but one would lose the compare-and-set, and
+// some of them every time. It decides nothing, and whoever writes elsewhere is
+// still met with the compare-and-set. A Store has one turn at a time; change
+// and the end of an attempt end it.
+func (s *Store) awaitTurn(ctx context.Context, filter string) error {
+	s.leaveTurn()
+	if s.hold != nil { // nothing is decided while we wait
+		s.end()
+		defer s.begin()
+	}
+	wait, cancel := s.decide(ctx)
+	defer cancel()
+	turn, err := s.exclusively(wait, filter)
+	if err != nil {
+		return bus.E(bus.Unavailable, "too many changes of this kind are under way").WithHint("repeat it in a moment: nothing was changed")
+	}
+	s.turn = turn
+	return nil
+}
+
+func (s *Store) leaveTurn() {
+	if s.turn != nil {
+		s.turn()
+		s.turn = nil
 	}
 }
 
