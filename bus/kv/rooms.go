@@ -271,12 +271,10 @@ func (v *View) newestMembership(k bus.UserKey) uint64 {
 
 // putMembership writes the truth and then the index that proposes it.
 func (s *Store) putMembership(ctx context.Context, m bus.Membership, want expectation) (Result, error) {
-	res, err := s.change(ctx, membersIdx, memberKey(m.Room, m.User), m, want)
-	if err != nil {
-		return res, raced(err)
-	}
-	if err := s.writeIndex(ctx, m); err != nil {
-		s.log.Warn("index not written; the reconciler will", "key", memberKey(m.Room, m.User), "err", err)
-	}
-	return res, nil
+	res, err := s.change(ctx, membersIdx, memberKey(m.Room, m.User), m, want, func() {
+		if err := s.writeIndex(ctx, m); err != nil {
+			s.log.Warn("index not written; the reconciler will", "key", memberKey(m.Room, m.User), "err", err)
+		}
+	})
+	return res, raced(err)
 }

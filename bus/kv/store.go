@@ -204,8 +204,11 @@ type expectation struct {
 }
 
 // change writes one record and waits until no lease holder decides on what was
-// there before. i is the stream index.
-func (s *Store) change(ctx context.Context, i int, key string, record any, want expectation) (Result, error) {
+// there before. i is the stream index. beside runs when the record is committed,
+// while the proof is awaited: what merely follows from the record. The caller is
+// held for that too: a revoke of them returns when nothing that they asked for
+// can land any more.
+func (s *Store) change(ctx context.Context, i int, key string, record any, want expectation, beside ...func()) (Result, error) {
 	started := s.now()
 	w := &waiter{
 		stream: StreamName(viewBuckets[i]), key: key, created: s.view.streamCreated(i),
@@ -232,6 +235,15 @@ func (s *Store) change(ctx context.Context, i int, key string, record any, want 
 	}
 	// The decision has had its effect. To hold on would keep back our own
 	// acknowledgement of it. What the caller decides next is another decision.
+	var following sync.WaitGroup
+	defer following.Wait()
+	for _, f := range beside {
+		hold := s.view.Hold(s.caller.Key)
+		following.Go(func() {
+			defer hold.Release()
+			f()
+		})
+	}
 	s.end()
 	defer s.begin()
 	res, err := s.prove(ctx, i, w, rev, committed)
