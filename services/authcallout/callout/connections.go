@@ -9,6 +9,7 @@ import (
 
 	"unibus.internal/bus"
 	"unibus.internal/bus/kv"
+	"unibus.internal/bus/sys"
 )
 
 // connections is the live table of account BUS. Servers tell of what opens and
@@ -77,18 +78,18 @@ func (t *connections) server(id, node []byte) (s *server, known bool) {
 
 // add enters a connection. The same one, reported again as somebody else's, has
 // authenticated anew: it replaces the old entry.
-func (t *connections) add(s *server, e sight, now time.Time) *connection {
-	id := connID{s, e.cid}
+func (t *connections) add(s *server, e sys.Connection, now time.Time) *connection {
+	id := connID{s, e.CID}
 	if old := t.byID[id]; old != nil {
 		t.remove(old)
 	}
-	u := t.users[string(e.user)]
+	u := t.users[string(e.User)]
 	if u == nil {
-		u = &session{nkey: string(e.user), key: keyOf(e.user)}
+		u = &session{nkey: string(e.User), key: keyOf(e.User)}
 		t.users[u.nkey] = u
 		t.byKey[u.key] = u
 	}
-	c := &connection{id: id, of: u, start: e.start, host: string(e.host), name: bounded(e.name), seen: now}
+	c := &connection{id: id, of: u, start: e.Start, host: string(e.Host), name: bounded(e.Name), seen: now}
 	t.byID[id] = c
 	u.open = append(u.open, c)
 	return c
@@ -151,49 +152,4 @@ func (u *session) excess(limit int) []*connection {
 		return cmp.Or(a.start.Compare(b.start), cmp.Compare(a.id.server.id, b.id.server.id), cmp.Compare(a.id.cid, b.id.cid))
 	})
 	return live[:len(live)-limit]
-}
-
-// listing collects the pages of one server's list, which is sorted by cid. The
-// list moves while it is read, so each page overlaps the one before: only if it
-// begins at or before the last connection seen is nothing skipped.
-type listing struct {
-	server, node string
-	rows         []sight
-	done         bool
-	overlap      int
-}
-
-const (
-	pageLimit   = 1024
-	pageOverlap = 32
-)
-
-// take adds a page and says at which offset to read on, unless done.
-func (l *listing) take(p page) (next int) {
-	switch {
-	case p.offset == 0:
-		l.rows, l.overlap = p.rows, pageOverlap
-	case len(l.rows) == 0:
-		return 0
-	default:
-		last := l.rows[len(l.rows)-1].cid
-		if len(p.rows) == 0 || p.rows[0].cid > last {
-			l.overlap *= 2
-			next = max(0, p.offset-l.overlap)
-			if next == 0 { // start over
-				l.rows = nil
-			}
-			return next
-		}
-		l.overlap = pageOverlap
-		for _, r := range p.rows {
-			if r.cid > last {
-				l.rows = append(l.rows, r)
-			}
-		}
-	}
-	if l.done = len(p.rows) < pageLimit; l.done {
-		return 0
-	}
-	return p.offset + len(p.rows) - pageOverlap
 }

@@ -2,7 +2,6 @@ package callout
 
 import (
 	"context"
-	"encoding/json"
 	"log/slog"
 	"strconv"
 	"strings"
@@ -14,6 +13,7 @@ import (
 	"unibus.internal/bus"
 	"unibus.internal/bus/guard"
 	"unibus.internal/bus/kv"
+	"unibus.internal/bus/sys"
 )
 
 // DefaultUserConnections is how many connections a user may hold at once.
@@ -134,7 +134,7 @@ func (e *Enforcer) told(m *nats.Msg) {
 	if !opened && !strings.HasSuffix(m.Subject, ".DISCONNECT") {
 		return
 	}
-	ev, ok := parseEvent(m.Data)
+	ev, ok := sys.ParseEvent(m.Data)
 	if !ok {
 		e.cfg.Log.Error("an event of a server cannot be read")
 		e.Resync()
@@ -142,15 +142,15 @@ func (e *Enforcer) told(m *nats.Msg) {
 	}
 	e.mu.Lock()
 	defer e.unlock()
-	s, known := e.table.server(ev.server, ev.node)
+	s, known := e.table.server(ev.Server, ev.Node)
 	if !known {
 		e.sweepBy(e.cfg.Now()) // it may have more to tell
 	}
 	if !opened {
-		e.closed(connID{s, ev.cid})
+		e.closed(connID{s, ev.CID})
 		return
 	}
-	e.opened(s, ev.sight)
+	e.opened(s, ev.Connection)
 }
 
 func (e *Enforcer) closed(id connID) {
@@ -160,7 +160,7 @@ func (e *Enforcer) closed(id connID) {
 	if c := e.table.byID[id]; c != nil {
 		e.table.remove(c)
 		if c.kick != nil {
-			e.finish(c.kick, kickClosed)
+			e.finish(c.kick, sys.Closed)
 		}
 	}
 }
@@ -168,12 +168,12 @@ func (e *Enforcer) closed(id connID) {
 // opened looks at a new connection once more: what it was admitted on may have
 // changed before it was there to be closed. Until that look, and what follows
 // from it, is over, the admission holds back the acknowledgement of the change.
-func (e *Enforcer) opened(s *server, seen sight) {
-	if e.services[string(seen.user)] {
+func (e *Enforcer) opened(s *server, seen sys.Connection) {
+	if e.services[string(seen.User)] {
 		return
 	}
 	c := e.table.add(s, seen, e.cfg.Now())
-	admitted, hold := e.cfg.Service.effects.take(s.id, seen.cid)
+	admitted, hold := e.cfg.Service.effects.take(s.id, seen.CID)
 	_, held := e.view.Lease()
 	if c.admitted = admitted; admitted == nil {
 		// Another instance admitted it, and closes it should that have been on
@@ -231,7 +231,7 @@ func (e *Enforcer) enforceCap(ctx context.Context, u *session) {
 	e.take(lists, u.nkey)
 	u.queued = false
 	for _, c := range u.excess(e.cfg.Limit) {
-		if !lists.has(c.id.server) {
+		if lists.Whole[c.id.server.id] == nil {
 			continue // it may not exist any more
 		}
 		e.kick(c, "cap")
@@ -454,15 +454,6 @@ type kick struct {
 	then   []*settled
 }
 
-// What becomes of a kick. Only the first two prove that the connection is gone.
-const (
-	kickClosed      = "closed"      // by us, or its end was reported
-	kickGone        = "gone"        // the server knows no such connection
-	kickUnreachable = "unreachable" // no server of that id hears us
-	kickSilent      = "silent"      // no answer in time
-	kickRefused     = "refused"     // the server said something else
-)
-
 // settled waits for some kicks and then does something, without mu.
 type settled struct {
 	left int
@@ -480,15 +471,15 @@ func (e *Enforcer) kick(c *connection, why string) {
 	c.kick = k
 	e.kicks[k.number] = k
 	e.cfg.Metrics.kicks.WithLabelValues(why).Inc()
-	k.timer = time.AfterFunc(kickPatience, func() { e.end(k.number, kickSilent) })
+	k.timer = time.AfterFunc(kickPatience, func() { e.end(k.number, sys.Silent) })
 	if why != "cap" {
 		e.sweepOn()
 	}
 	e.run = append(e.run, func() {
-		body := strconv.AppendUint([]byte(`{"cid":`), c.id.cid, 10)
+		subject, body := sys.KickRequest(c.id.server.id, c.id.cid)
 		reply := e.inbox + "." + strconv.FormatUint(k.number, 10)
-		if err := e.send("$SYS.REQ.SERVER."+c.id.server.id+".KICK", reply, append(body, '}')); err != nil {
-			e.end(k.number, kickUnreachable)
+		if err := e.send(subject, reply, body); err != nil {
+			e.end(k.number, sys.Unreachable)
 		}
 	})
 }
@@ -499,30 +490,10 @@ func (e *Enforcer) answered(m *nats.Msg) {
 	if err != nil {
 		return
 	}
-	e.end(number, kickResult(m))
+	e.end(number, sys.OutcomeOf(m))
 }
 
-func kickResult(m *nats.Msg) string {
-	if len(m.Data) == 0 {
-		return kickUnreachable // no responders
-	}
-	var answer struct {
-		Error *struct {
-			Description string `json:"description"`
-		} `json:"error"`
-	}
-	switch err := json.Unmarshal(m.Data, &answer); {
-	case err != nil:
-		return kickRefused
-	case answer.Error == nil:
-		return kickClosed
-	case strings.Contains(answer.Error.Description, "no such client"):
-		return kickGone
-	}
-	return kickRefused
-}
-
-func (e *Enforcer) end(number uint64, result string) {
+func (e *Enforcer) end(number uint64, result sys.Outcome) {
 	e.mu.Lock()
 	defer e.unlock()
 	if k := e.kicks[number]; k != nil {
@@ -531,19 +502,19 @@ func (e *Enforcer) end(number uint64, result string) {
 }
 
 // finish ends a kick and lets go of what waited for it.
-func (e *Enforcer) finish(k *kick, result string) {
+func (e *Enforcer) finish(k *kick, result sys.Outcome) {
 	k.timer.Stop()
 	delete(e.kicks, k.number)
 	c := k.conn
 	c.kick = nil
 	e.cfg.Metrics.duration.Observe(e.cfg.Now().Sub(k.began).Seconds())
 	args := []any{"why", k.why, "result", result, "key", shown(c.of.nkey), "server", c.id.server.node, "client", c.id.cid, "host", c.host}
-	if result == kickClosed || result == kickGone {
+	if result.Proven() {
 		e.table.remove(c)
 		e.run = append(e.run, func() { e.cfg.Log.Info("connection closed", args...) })
 	} else {
 		c.unproven, c.id.server.silent = true, true
-		e.unproven(result)
+		e.unproven(string(result))
 		e.sweepBy(e.cfg.Now().Add(sweepSpacing))
 		e.run = append(e.run, func() { e.cfg.Log.Warn("closing a connection is not proven", args...) })
 	}

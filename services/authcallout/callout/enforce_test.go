@@ -18,6 +18,7 @@ import (
 
 	"unibus.internal/bus"
 	"unibus.internal/bus/kv"
+	"unibus.internal/bus/sys"
 )
 
 func TestNarrows(t *testing.T) {
@@ -122,20 +123,6 @@ func TestOneInstanceSpeaksForANode(t *testing.T) {
 	}
 	if got := speaker("n1", all[2:]); got != "" {
 		t.Errorf("%s speaks, and nobody can", got)
-	}
-}
-
-func TestWhatProvesThatAConnectionIsGone(t *testing.T) {
-	for data, want := range map[string]string{
-		`{"server":{"name":"n1"}}`: kickClosed,
-		`{"server":{"name":"n1"},"error":{"code":500,"description":"no such client or leafnode id"}}`: kickGone,
-		`{"server":{"name":"n1"},"error":{"code":500,"description":"server is not running"}}`:         kickRefused,
-		`{"server":`: kickRefused,
-		``:           kickUnreachable,
-	} {
-		if got := kickResult(&nats.Msg{Data: []byte(data)}); got != want {
-			t.Errorf("%q is %s, want %s", data, got, want)
-		}
 	}
 }
 
@@ -258,11 +245,11 @@ func TestAChangeIsEnforcedWhenItsConnectionsAreGone(t *testing.T) {
 		w.opens(2)
 		w.hears("CONNECT", 3, newPair(t, 0xa0, 9).pub) // somebody unknown
 		w.wantSent(t, kicked(3))
-		w.end(1, kickClosed)
+		w.end(1, sys.Closed)
 		first := w.changes(w.ofUser(""), nil)
 		second := w.changes(w.ofUser(""), nil)
 		w.wantSent(t, kicked(1), kicked(2))
-		w.end(2, kickGone)
+		w.end(2, sys.Gone)
 		if first.Load() || second.Load() {
 			t.Fatal("enforced while a connection lives")
 		}
@@ -302,8 +289,8 @@ func TestASilentServerIsNoProof(t *testing.T) {
 				}
 				w.wantKnown(t, 1)
 				sum := 0.0
-				for _, result := range []string{kickSilent, kickUnreachable, kickRefused} {
-					sum += valueOf(t, w.cfg.Metrics.unproven.WithLabelValues(result))
+				for _, result := range []sys.Outcome{sys.Silent, sys.Unreachable, sys.Refused} {
+					sum += valueOf(t, w.cfg.Metrics.unproven.WithLabelValues(string(result)))
 				}
 				if sum != 1 {
 					t.Errorf("%v unproven closings, want 1", sum)
@@ -397,7 +384,7 @@ func TestAConnectionIsLookedAtAgainWhenItOpens(t *testing.T) {
 		w.opens(1)
 		w.wantSent(t, kicked(1))
 		h.want(t, 0)
-		w.end(1, kickClosed)
+		w.end(1, sys.Closed)
 		h.want(t, 1)
 		w.opens(2)
 		w.wantSent(t)
@@ -425,7 +412,7 @@ func TestOurAdmissionsAreLookedAtWithoutALease(t *testing.T) {
 		w.opens(1)
 		w.wantSent(t, kicked(1))
 		h.want(t, 0)
-		w.end(1, kickClosed)
+		w.end(1, sys.Closed)
 		h.want(t, 1)
 		w.partial = true
 		w.opens(2)
@@ -435,7 +422,7 @@ func TestOurAdmissionsAreLookedAtWithoutALease(t *testing.T) {
 		w.Resync()
 		w.wantSent(t, kicked(2))
 		h.want(t, 1)
-		w.end(2, kickClosed)
+		w.end(2, sys.Closed)
 		h.want(t, 2)
 	})
 }
@@ -496,7 +483,7 @@ func TestAnExpiryEndsConnectionsAtItsMoment(t *testing.T) {
 		if n := valueOf(t, w.cfg.Metrics.kicks.WithLabelValues("expired")); n != 1 {
 			t.Errorf("%v closed as expired, want 1", n)
 		}
-		w.end(1, kickClosed)
+		w.end(1, sys.Closed)
 		w.access[w.user] = until(time.Hour)
 		w.opens(2)
 		w.hears("DISCONNECT", 2, "")
@@ -519,16 +506,16 @@ func TestAListCorrectsTheTable(t *testing.T) {
 		<-time.After(time.Millisecond)
 		w.opens(3)
 		w.hears("DISCONNECT", 2, "")
-		row := func(cid uint64, user string, age time.Duration) sight {
-			return sight{cid: cid, user: []byte(user), start: time.Now().Add(-age)}
+		row := func(cid uint64, user string, age time.Duration) sys.Connection {
+			return sys.Connection{CID: cid, User: []byte(user), Start: time.Now().Add(-age)}
 		}
 		stranger := newPair(t, 0xa0, 9).pub
-		l := &listing{server: "NA", node: "n1", rows: []sight{
+		l := &sys.Listing{Server: "NA", Node: "n1", Rows: []sys.Connection{
 			row(2, w.scene.client.pub, time.Minute), row(4, w.scene.client.pub, time.Minute), row(5, w.scene.client.pub, time.Second),
 			row(6, stranger, time.Minute), row(7, stranger, time.Second), row(8, "USERVICE", time.Minute),
 		}}
 		w.mu.Lock()
-		w.take(lists{began: began, whole: map[string]*listing{"NA": l}}, "")
+		w.take(sys.Lists{Began: began, Whole: map[string]*sys.Listing{"NA": l}}, "")
 		w.unlock()
 		w.wantKnown(t, 3, 4, 6, 7) // 1 is gone; 5 is so young that its event is awaited
 		w.wantSent(t, kicked(6), kicked(7))
@@ -537,7 +524,7 @@ func TestAListCorrectsTheTable(t *testing.T) {
 		}
 		w.mu.Lock()
 		w.reading = 1
-		w.take(lists{began: time.Now(), whole: map[string]*listing{"NB": {server: "NB", node: "n1"}}}, "")
+		w.take(sys.Lists{Began: time.Now(), Whole: map[string]*sys.Listing{"NB": {Server: "NB", Node: "n1"}}}, "")
 		w.unlock()
 		w.wantKnown(t) // the node was started again
 	})
@@ -560,8 +547,12 @@ func BenchmarkConnection(b *testing.B) {
 			a.Rooms = append(a.Rooms, kv.Grant{Room: bus.RoomID(fmt.Sprintf("room-%02d", i)), Role: bus.Writer})
 		}
 		r.access[k] = a
-		data := strings.Replace(strings.Replace(realEvent, realUser, k.NKey(), 1), `"id":61`, fmt.Sprintf(`"id":%d`, n+1), 1)
-		msgs = append(msgs, &nats.Msg{Subject: "$SYS.ACCOUNT.BUS.CONNECT", Data: []byte(data)})
+		msgs = append(msgs, &nats.Msg{Subject: "$SYS.ACCOUNT.BUS.CONNECT", Data: fmt.Appendf(nil, // as long as a real one
+			`{"type":"io.nats.server.advisory.v1.client_connect","id":"UkEgUuaHJ2o1Y2OB8Vultw","timestamp":"2026-11-25T03:32:39.948762557Z",`+
+				`"server":{"name":"n1","host":"127.0.0.1","id":"NA","cluster":"unibus","ver":"2.15.2","metadata":{"unibus_config":"82a63d55"},`+
+				`"feature_flags":{"js_ack_fc_v2":false},"jetstream":true,"flags":7,"seq":128,"time":"2026-11-25T03:32:39.94881842Z"},`+
+				`"client":{"start":"2026-11-25T03:32:39.943701439Z","host":"127.0.0.1","id":%d,"acc":"BUS","user":%q,"name":"x","lang":"go",`+
+				`"ver":"1.55.0","issuer_key":"BUS","name_tag":"BUS","kind":"Client","client_type":"nats"}}`, n+1, k.NKey())})
 	}
 	b.ReportAllocs()
 	n := 0

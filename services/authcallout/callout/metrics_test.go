@@ -14,7 +14,7 @@ func TestMetricsAreWellNamed(t *testing.T) {
 	m.requests.WithLabelValues("deny", "unknown").Inc()
 	e := NewEnforceMetrics(reg)
 	e.kicks.WithLabelValues("cap").Inc()
-	e.unproven.WithLabelValues(kickSilent).Inc()
+	e.unproven.WithLabelValues("silent").Inc()
 	families, err := reg.Gather()
 	must(t, err)
 	if len(families) != 9 {

@@ -10,12 +10,10 @@ import (
 	"unibus.internal/bus"
 	"unibus.internal/bus/guard"
 	"unibus.internal/bus/kv"
+	"unibus.internal/bus/sys"
 )
 
 const (
-	// listSubject asks all servers at once (accounts.conf maps it to
-	// $SYS.REQ.SERVER.PING.CONNZ).
-	listSubject = "sys.connz"
 	// sweepEvery is how often all connections are compared with the View when
 	// nothing calls for it, sweepSpacing how often at most.
 	sweepEvery   = 30 * time.Second
@@ -74,27 +72,7 @@ func (e *Enforcer) Run(ctx context.Context) {
 func (e *Enforcer) knock(ctx context.Context, nodes []string) bool {
 	ctx, cancel := context.WithTimeout(ctx, sweepSpacing/2)
 	defer cancel()
-	inbox := e.cfg.Control.NewInbox()
-	sub, err := e.cfg.Control.SubscribeSync(inbox)
-	if err != nil {
-		return false
-	}
-	defer func() { _ = sub.Unsubscribe() }()
-	for _, n := range nodes {
-		e.request(inbox, listRequest{Auth: true, Account: userAccount, Limit: 1, ServerName: n, Exact: true})
-	}
-	m, err := sub.NextMsgWithContext(ctx)
-	return err == nil && len(m.Data) > 0
-}
-
-func (e *Enforcer) request(inbox string, r listRequest) {
-	body, err := json.Marshal(r)
-	if err == nil {
-		err = e.send(listSubject, inbox, body)
-	}
-	if err != nil {
-		e.cfg.Log.Warn("servers were not asked", "err", err)
-	}
+	return sys.Answers(ctx, e.cfg.Control, nodes)
 }
 
 // sweepBy asks for a sweep at that moment at the latest; it needs mu.
@@ -123,7 +101,7 @@ func (e *Enforcer) sweep(ctx context.Context) {
 	e.mu.Lock()
 	defer e.unlock()
 	e.take(lists, "")
-	e.noteSilent(lists.missing)
+	e.noteSilent(lists.Missing)
 	now := e.cfg.Now()
 	if now.Before(e.until.Add(sweepSpacing)) {
 		e.sweepBy(now.Add(sweepSpacing))
@@ -154,9 +132,9 @@ func (e *Enforcer) noteSilent(missing []string) {
 }
 
 // take enters what the servers have listed; it ends what ask began.
-func (e *Enforcer) take(l lists, only string) {
-	for _, list := range l.whole {
-		e.correct(list, l.began, only)
+func (e *Enforcer) take(l sys.Lists, only string) {
+	for _, list := range l.Whole {
+		e.correct(list, l.Began, only)
 	}
 	if e.reading--; e.reading == 0 {
 		e.gone = nil
@@ -165,8 +143,8 @@ func (e *Enforcer) take(l lists, only string) {
 
 // correct makes the table say what a server's list says, and closes what must
 // not be. The list is of all users, or of one.
-func (e *Enforcer) correct(l *listing, began time.Time, only string) {
-	s, _ := e.table.server([]byte(l.server), []byte(l.node))
+func (e *Enforcer) correct(l *sys.Listing, began time.Time, only string) {
+	s, _ := e.table.server([]byte(l.Server), []byte(l.Node))
 	s.silent = false
 	for _, old := range e.table.servers {
 		if old.node == s.node && old != s { // the same node, started again
@@ -174,25 +152,25 @@ func (e *Enforcer) correct(l *listing, began time.Time, only string) {
 		}
 	}
 	now := e.cfg.Now()
-	listed := make(map[uint64]bool, len(l.rows))
-	for _, row := range l.rows {
-		listed[row.cid] = true
-		id := connID{s, row.cid}
-		if e.gone[id] || e.services[string(row.user)] {
+	listed := make(map[uint64]bool, len(l.Rows))
+	for _, row := range l.Rows {
+		listed[row.CID] = true
+		id := connID{s, row.CID}
+		if e.gone[id] || e.services[string(row.User)] {
 			continue
 		}
 		c := e.table.byID[id]
-		if c != nil && c.of.nkey == string(row.user) {
+		if c != nil && c.of.nkey == string(row.User) {
 			e.found(c, now, true)
 			e.limit(c.of)
 			continue
 		}
-		if a, err := e.view.Access(keyOf(row.user)); now.Sub(row.start) < late && err == nil && decide(a, nil, now).allow {
+		if a, err := e.view.Access(keyOf(row.User)); now.Sub(row.Start) < late && err == nil && decide(a, nil, now).allow {
 			e.sweepBy(now.Add(late)) // its event is on the way, or the next list has it again
 			continue
 		}
 		c = e.table.add(s, row, now)
-		admitted, hold := e.cfg.Service.effects.take(s.id, row.cid)
+		admitted, hold := e.cfg.Service.effects.take(s.id, row.CID)
 		c.admitted, c.foreign, c.unseen = admitted, admitted == nil, admitted == nil
 		e.found(c, now, false)
 		if hold != nil {
@@ -264,78 +242,12 @@ func (e *Enforcer) forget(s *server) {
 	delete(e.table.servers, s.id)
 }
 
-// lists are the answers of the servers to one question.
-type lists struct {
-	began   time.Time
-	whole   map[string]*listing // by server id: every page came
-	missing []string            // nodes that should have answered in full, and did not
-}
-
-func (l lists) has(s *server) bool { return l.whole[s.id] != nil }
-
-// listRequest is nats-server's ConnzEventOptions as far as we need them.
-type listRequest struct {
-	Auth       bool   `json:"auth"`
-	Account    string `json:"acc"`
-	User       string `json:"user,omitempty"`
-	Limit      int    `json:"limit"`
-	Offset     int    `json:"offset"`
-	ServerName string `json:"server_name,omitempty"`
-	Exact      bool   `json:"exact_match,omitempty"`
-}
-
-// ask has every server list the connections of account BUS, of all users or of
-// one. It waits for the nodes that hold the buckets and for those that have
-// answered before: one that says nothing is missing, not empty.
-func (e *Enforcer) ask(ctx context.Context, user string, patience time.Duration) lists {
-	out := lists{began: e.cfg.Now(), whole: map[string]*listing{}}
-	open := map[string]*listing{}
+// ask has every server list the connections of all users or of one. It waits
+// for the nodes that hold the buckets and for those that have answered before.
+func (e *Enforcer) ask(ctx context.Context, user string, patience time.Duration) sys.Lists {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	waiting := e.begin()
-	inbox := e.cfg.Control.NewInbox()
-	sub, err := e.cfg.Control.SubscribeSync(inbox)
-	if err != nil {
-		out.missing = waiting
-		return out
-	}
-	defer func() { _ = sub.Unsubscribe() }()
-	request := func(node string, offset int) {
-		e.request(inbox, listRequest{
-			Auth: true, Account: userAccount, User: user, Limit: pageLimit, Offset: offset, ServerName: node, Exact: node != "",
-		})
-	}
-	request("", 0)
-	for len(waiting) > 0 || len(open) > 0 {
-		m, err := sub.NextMsgWithContext(ctx)
-		if err != nil || len(m.Data) == 0 { // no time left, or nobody there
-			break
-		}
-		p, ok := parsePage(m.Data)
-		if !ok || p.fault != "" {
-			continue
-		}
-		l := open[p.server]
-		if l == nil {
-			l = &listing{server: p.server, node: p.node}
-			open[p.server] = l
-		}
-		next := l.take(p)
-		if !l.done {
-			request(l.node, next)
-			continue
-		}
-		delete(open, p.server)
-		out.whole[p.server] = l
-		waiting = slices.DeleteFunc(waiting, func(n string) bool { return n == l.node })
-	}
-	for _, l := range open {
-		if !slices.Contains(waiting, l.node) {
-			waiting = append(waiting, l.node)
-		}
-	}
-	out.missing = waiting
-	return out
+	return sys.List(ctx, e.cfg.Control, e.begin(), user, e.cfg.Now)
 }
 
 // begin lists the nodes whose word is needed, and has what closes from now on
@@ -422,9 +334,8 @@ func speaker(node string, holders []kv.Holder) string {
 
 // hint lets one client know that it would do well to connect again.
 func (e *Enforcer) hint(c *connection) {
-	body, _ := json.Marshal(map[string]uint64{"cid": c.id.cid})
-	// Without a reply subject the server would not act.
-	if err := e.send("$SYS.REQ.SERVER."+c.id.server.id+".LDM", e.inbox+".0", body); err != nil {
+	subject, body := sys.HintRequest(c.id.server.id, c.id.cid)
+	if err := e.send(subject, e.inbox+".0", body); err != nil {
 		e.cfg.Log.Warn("a hint was not sent", "err", err)
 	}
 }
