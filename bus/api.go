@@ -70,17 +70,21 @@ type MemberInfo struct {
 }
 
 // Change is the proof of a change: what it did, and how far it is known that
-// nobody decides on the state before it any more.
+// nobody decides on the state before it any more, and that nothing which was
+// opened on that state is left.
 type Change struct {
 	What      string   `json:"what"`
 	Revision  uint64   `json:"revision"`
 	Already   bool     `json:"already"`
-	Holders   int      `json:"holders"`           // services that decided on a lease at the change
-	Expired   []string `json:"expired"`           // of them, those that did not answer: their lease was waited out
-	Callouts  string   `json:"callouts"`          // authcallouts that acknowledged, of those that held a lease
-	ElapsedMS int64    `json:"elapsed_ms"`        // from the write to the proof
-	Verified  bool     `json:"verified"`          // false: committed, not proven; repeating the change proves it again
-	Waiting   []string `json:"waiting,omitempty"` // for whom the proof still waited when it was given up
+	Holders   int      `json:"holders"`            // services that decided on a lease at the change
+	Expired   []string `json:"expired"`            // of them, those that did not answer: their lease was waited out
+	Callouts  string   `json:"callouts"`           // authcallouts that acknowledged, of those that held a lease
+	Closed    int      `json:"closed"`             // connections that it ended
+	Servers   string   `json:"servers,omitempty"`  // servers that keep none it ends, of all; empty if it takes nothing away
+	ElapsedMS int64    `json:"elapsed_ms"`         // from the write to the proof
+	Verified  bool     `json:"verified"`           // false: committed, not proven; repeating the change proves it again
+	Waiting   []string `json:"waiting,omitempty"`  // for whom the proof still waited when it was given up
+	Unproven  []string `json:"unproven,omitempty"` // nodes whose server did not say that nothing is left open there
 }
 
 // AccessInfo explains what a user may do on NATS, and why.

@@ -27,6 +27,15 @@ type ackMessage struct {
 	Created  time.Time `json:"created"`
 	Key      string    `json:"key"`
 	Revision uint64    `json:"revision"`
+	Enforced
+}
+
+// Enforced is what whoever enforces a change says of it. Every instance closes
+// the same connections, so the largest count of them is the number, not the
+// sum: who acts first counts all, the others what was left.
+type Enforced struct {
+	Closed   int  `json:"closed,omitempty"`   // connections that the servers have closed for it
+	Unproven bool `json:"unproven,omitempty"` // a server did not say that it closed one, or it could not be judged which
 }
 
 // Hold marks a decision about one user as being in flight. Take it before
@@ -54,6 +63,7 @@ type pendingAck struct {
 	created time.Time
 	left    int
 	unheld  bool // settled: guarded by state.mu
+	outcome Enforced
 }
 
 func (s *holdState) init() { s.open = map[bus.UserKey]map[*Hold]struct{}{} }
@@ -133,6 +143,17 @@ func (s *holdState) settle(acks ...*pendingAck) (free []*pendingAck) {
 	return free
 }
 
+// enforced is settle with the word of whoever enforces changes; the first one
+// counts.
+func (s *holdState) enforced(p *pendingAck, e Enforced) []*pendingAck {
+	s.mu.Lock()
+	if !p.unheld {
+		p.outcome = e
+	}
+	s.mu.Unlock()
+	return s.settle(p)
+}
+
 // changed tells whoever enforces changes, in the order of each stream, and
 // acknowledges each when they have done so and no decision holds it back.
 // Without anybody to tell, that is now.
@@ -142,7 +163,7 @@ func (v *View) changed(acks []*pendingAck) {
 		return
 	}
 	for _, p := range acks {
-		v.cfg.OnChange(p.change, func() { v.acknowledge(v.holds.settle(p)) })
+		v.cfg.OnChange(p.change, func(e Enforced) { v.acknowledge(v.holds.enforced(p, e)) })
 	}
 }
 
@@ -158,7 +179,7 @@ func (v *View) acknowledge(acks []*pendingAck) {
 		}
 		value, err := json.Marshal(ackMessage{
 			V: 1, Instance: v.Instance(), Boot: v.boot, Stream: StreamName(p.change.Bucket),
-			Created: p.created, Key: p.change.Key, Revision: p.change.Revision,
+			Created: p.created, Key: p.change.Key, Revision: p.change.Revision, Enforced: p.outcome,
 		})
 		if err == nil {
 			err = v.cfg.Conn.Publish(ackPrefix+v.Instance()+"."+v.boot, value)

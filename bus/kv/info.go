@@ -2,6 +2,7 @@ package kv
 
 import (
 	"errors"
+	"fmt"
 	"time"
 
 	"unibus.internal/bus"
@@ -165,6 +166,12 @@ func ChangeOf(res Result, err error) (bus.Change, error) {
 	c := bus.Change{
 		What: res.What, Revision: res.Revision, Already: res.Already, Holders: res.Holders, Expired: instances(res.Expired),
 		Callouts: res.Acknowledged("authcallout"), ElapsedMS: res.Elapsed.Milliseconds(), Verified: err == nil,
+		Closed: res.Closed,
+	}
+	if w := res.Swept; w != nil {
+		c.Servers = fmt.Sprintf("%d/%d", len(w.Answered), len(w.Answered)+len(w.Missing))
+		c.Unproven = w.Missing
+		c.Verified = c.Verified && len(w.Missing) == 0
 	}
 	if u := new(Unproven); errors.As(err, &u) {
 		c.Revision, c.Waiting, err = u.Revision, instances(u.Waiting), nil

@@ -118,7 +118,13 @@ func (s *Store) ArchiveRoom(ctx context.Context, id bus.RoomID) (Result, error) 
 		if already {
 			res.What = fmt.Sprintf("already_archived room %s", id)
 		}
-		return res, raced(err)
+		who := map[bus.UserKey]narrowing{}
+		for _, m := range s.view.Members(id) {
+			if m.Status == bus.Present {
+				who[m.User] = narrowing{since: m.AddedAt}
+			}
+		}
+		return s.swept(ctx, res, raced(err), who)
 	})
 }
 
@@ -207,7 +213,10 @@ func (s *Store) SetMember(ctx context.Context, id bus.RoomID, k bus.UserKey, rol
 		if already {
 			res.What = fmt.Sprintf("already_%s %s in room %s", role, s.nameOf(k), id)
 		}
-		return res, err
+		if role.MayPublish() {
+			return res, err
+		}
+		return s.swept(ctx, res, err, map[bus.UserKey]narrowing{k: {since: old.AddedAt, publish: true}})
 	})
 }
 
@@ -232,7 +241,7 @@ func (s *Store) RemoveMember(ctx context.Context, id bus.RoomID, k bus.UserKey) 
 		if already {
 			res.What = fmt.Sprintf("already_removed %s from room %s", s.nameOf(k), id)
 		}
-		return res, err
+		return s.swept(ctx, res, err, map[bus.UserKey]narrowing{k: {since: m.AddedAt}})
 	})
 }
 

@@ -35,16 +35,18 @@ func (s *Store) RotateUser(ctx context.Context, from, to bus.UserKey) (Result, e
 		if err != nil {
 			return Result{}, err
 		}
-		if err := s.handOver(ctx, from, to); err != nil {
+		revoked, err := s.handOver(ctx, from, to)
+		if err != nil {
 			return Result{}, err
 		}
 		res, err := s.finishRotation(ctx, from, to)
+		res.Closed = revoked.Closed
 		res.Already = already && moved == 0
 		res.What = fmt.Sprintf("rotated %s from %s to %s", s.nameOf(to), from, to)
 		if res.Already {
 			res.What = "already_" + res.What
 		}
-		return res, err
+		return s.swept(ctx, res, err, map[bus.UserKey]narrowing{from: {}})
 	})
 }
 
@@ -107,17 +109,17 @@ func (s *Store) moveRooms(ctx context.Context, from, to bus.UserKey) (moved int,
 }
 
 // handOver is step 3.
-func (s *Store) handOver(ctx context.Context, from, to bus.UserKey) error {
+func (s *Store) handOver(ctx context.Context, from, to bus.UserKey) (Result, error) {
 	want, err := s.allUsers(ctx) // nobody may take the successor away meanwhile: it may be the last admin
 	if err != nil {
-		return err
+		return Result{}, err
 	}
 	old, _, ok := s.view.User(from)
 	if !ok {
-		return s.noUser(from)
+		return Result{}, s.noUser(from)
 	}
 	if u, _, ok := s.view.User(to); !ok || u.Status == bus.Revoked {
-		return successorGone(to)
+		return Result{}, successorGone(to)
 	}
 	if old.Status != bus.Revoked {
 		now := s.stamp()
@@ -125,8 +127,8 @@ func (s *Store) handOver(ctx context.Context, from, to bus.UserKey) error {
 	}
 	old.RotatedTo = &to
 	// Written also if it is so already: that proves it again.
-	_, err = s.change(ctx, usersIdx, from.Hex(), old, want)
-	return raced(err)
+	res, err := s.change(ctx, usersIdx, from.Hex(), old, want)
+	return res, raced(err)
 }
 
 // finishRotation is steps 4 and 5. It is what the reconciler does for a

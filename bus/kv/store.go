@@ -53,6 +53,8 @@ type hub struct {
 	mu      sync.Mutex
 	waiters map[*waiter]struct{}
 	keys    map[string]chan struct{}
+
+	roster roster
 }
 
 // Caller is on whose behalf a change is made.
@@ -141,6 +143,11 @@ type Result struct {
 	acked    []Holder      // those of them that acknowledged or gave up their lease
 	Expired  []Holder      // those that did not acknowledge: their lease was waited out
 	Elapsed  time.Duration // from the write to the proof
+	Closed   int           // connections that were closed for it
+	Swept    *Swept        // nil if the change takes nothing away, or is not proven so far
+
+	started, committed time.Time
+	enforced           bool // every authcallout that could admit has closed what the change ended, as far as it knew
 }
 
 // Acknowledged counts, for one service, those that answered of those that held
@@ -175,8 +182,13 @@ type waiter struct {
 	stream  string
 	key     string
 	created time.Time
-	acks    map[string]uint64 // boot -> newest revision acknowledged
+	acks    map[string]acknowledged // by boot: the newest
 	moved   chan struct{}
+}
+
+type acknowledged struct {
+	revision uint64
+	Enforced
 }
 
 func (s *Store) heard(m *nats.Msg) {
@@ -187,8 +199,8 @@ func (s *Store) heard(m *nats.Msg) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for w := range s.waiters {
-		if w.stream == a.Stream && w.key == a.Key && w.created.Equal(a.Created) && a.Revision > w.acks[a.Boot] {
-			w.acks[a.Boot] = a.Revision
+		if w.stream == a.Stream && w.key == a.Key && w.created.Equal(a.Created) && a.Revision > w.acks[a.Boot].revision {
+			w.acks[a.Boot] = acknowledged{a.Revision, a.Enforced}
 			select {
 			case w.moved <- struct{}{}:
 			default:
@@ -212,7 +224,7 @@ func (s *Store) change(ctx context.Context, i int, key string, record any, want 
 	started := s.now()
 	w := &waiter{
 		stream: StreamName(viewBuckets[i]), key: key, created: s.view.streamCreated(i),
-		acks: map[string]uint64{}, moved: make(chan struct{}, 1),
+		acks: map[string]acknowledged{}, moved: make(chan struct{}, 1),
 	}
 	s.mu.Lock()
 	s.waiters[w] = struct{}{}
@@ -247,12 +259,30 @@ func (s *Store) change(ctx context.Context, i int, key string, record any, want 
 	s.end()
 	defer s.begin()
 	res, err := s.prove(ctx, i, w, rev, committed)
-	res.Revision, res.Elapsed = rev, s.now().Sub(started)
+	res.Revision, res.Elapsed, res.started, res.committed = rev, s.now().Sub(started), started, committed
+	s.enforcement(w, &res)
 	var u *Unproven
 	if errors.As(err, &u) {
 		u.Result = res
 	}
 	return res, err
+}
+
+// enforcement sums up what those who enforce the change have said. Who gave up
+// its lease instead of acknowledging has enforced nothing.
+func (s *Store) enforcement(w *waiter, r *Result) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	doubt := slices.ContainsFunc(r.Expired, func(h Holder) bool { return h.Service == "authcallout" })
+	for _, h := range r.acked {
+		a := w.acks[h.Boot]
+		if h.Service != "authcallout" || a.revision < r.Revision {
+			continue
+		}
+		r.Closed, r.enforced = max(r.Closed, a.Closed), true
+		doubt = doubt || a.Unproven
+	}
+	r.enforced = r.enforced && !doubt
 }
 
 // prove waits for every holder of a lease to acknowledge the change at rev, or
@@ -315,7 +345,7 @@ func (s *Store) silent(w *waiter, rev uint64, holders []Holder, committed time.T
 	deadline := committed
 	for _, h := range holders {
 		s.mu.Lock()
-		acked := w.acks[h.Boot] >= rev
+		acked := w.acks[h.Boot].revision >= rev
 		s.mu.Unlock()
 		if acked || s.view.released(h.Boot) {
 			continue

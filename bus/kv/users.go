@@ -233,7 +233,7 @@ func (s *Store) PatchUser(ctx context.Context, key bus.UserKey, p UserPatch) (Re
 		if res.Already {
 			res.What = fmt.Sprintf("already_so %s: %s, expires %s", u.Handle, u.Role, spelled(u.ExpiresAt))
 		}
-		return res, raced(err)
+		return s.sweptIfOut(ctx, res, raced(err), u)
 	})
 	switch {
 	case claim == 0:
@@ -313,8 +313,16 @@ func (s *Store) alter(ctx context.Context, key bus.UserKey, state string, edit f
 		if !changed {
 			res.What = "already_" + res.What
 		}
-		return res, raced(err)
+		return s.sweptIfOut(ctx, res, raced(err), u)
 	})
+}
+
+// sweptIfOut is swept for a user who may not connect any more.
+func (s *Store) sweptIfOut(ctx context.Context, res Result, err error, u bus.User) (Result, error) {
+	if in, _ := (&Access{User: u}).Admitted(s.now()); in {
+		return res, err
+	}
+	return s.swept(ctx, res, err, map[bus.UserKey]narrowing{u.Key: {}})
 }
 
 // keepsAnAdmin refuses a change after which no active admin without an expiry

@@ -48,11 +48,11 @@ type ViewConfig struct {
 	OnLease func(bool) // called when the lease is gained or lost; may be nil
 	// OnChange, if not nil, is told of each change after the View answers with
 	// it and before it is acknowledged; the acknowledgement is withheld until
-	// done has been called, from any goroutine. Changes of one bucket come in
+	// done has been called, from any goroutine, and tells the writer its word. Changes of one bucket come in
 	// order, those of different buckets at once. After a reload it is told of
 	// every key that differs; the first load is no change. It must not block:
 	// the feed waits.
-	OnChange func(c Change, done func())
+	OnChange func(c Change, done func(Enforced))
 
 	// EncryptionKeys keeps the encryption keys of users, 1.3 KiB each. A Store
 	// needs them, because it writes records back whole; a callout does not.

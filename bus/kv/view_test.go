@@ -457,8 +457,8 @@ func TestAnAcknowledgementWaitsForTheEnforcement(t *testing.T) {
 	v.cfg.Lease = 0
 	alice, bob, carol := newKey(t), newKey(t), newKey(t)
 	var told []Change
-	var done []func()
-	v.cfg.OnChange = func(c Change, d func()) {
+	var done []func(Enforced)
+	v.cfg.OnChange = func(c Change, d func(Enforced)) {
 		if a, _ := v.Access(c.User); a != nil && a.Revision != c.Revision {
 			t.Errorf("told of revision %d while the View says %d", c.Revision, a.Revision)
 		}
@@ -482,8 +482,11 @@ func TestAnAcknowledgementWaitsForTheEnforcement(t *testing.T) {
 	if acks[0].left != 1 {
 		t.Error("acknowledged before the change was enforced")
 	}
-	done[1]()
-	done[1]()
+	done[1](Enforced{Closed: 3})
+	done[1](Enforced{})
+	if acks[0].outcome.Closed != 3 {
+		t.Errorf("outcome is %+v, want what was said first", acks[0].outcome)
+	}
 	if acks[0].left != 0 {
 		t.Errorf("left = %d after the change was enforced", acks[0].left)
 	}

@@ -120,6 +120,11 @@ func (a *app) changing(ctx context.Context, do func(ctx context.Context, b backe
 		fmt.Fprintln(a.out, oneLine(changeLine(change)))
 	}
 	a.afterWrite(ctx, b)
+	if len(change.Unproven) > 0 {
+		on := strings.Join(change.Unproven, ", ")
+		return bus.E(bus.Unavailable, "%s: committed, not proven on %s: revision %d, closed %d, servers %s", change.What, on, change.Revision, change.Closed, change.Servers).
+			WithHint("repeat %s: it proves again; a node that never comes back: unibusctl cluster forget %s", a.command, change.Unproven[0])
+	}
 	if !change.Verified {
 		return bus.E(bus.Unavailable, "%s: committed, not proven: revision %d, still waiting for %s",
 			change.What, change.Revision, strings.Join(change.Waiting, ", ")).WithHint("repeat %s: it proves again", a.command)
@@ -142,6 +147,9 @@ func changeLine(c bus.Change) string {
 	s := fmt.Sprintf("%s: revision %d, proven by %d of %d lease holders in %d ms", c.What, c.Revision, c.Holders-len(c.Expired), c.Holders, c.ElapsedMS)
 	if len(c.Expired) > 0 {
 		s += "; waited out the lease of " + strings.Join(c.Expired, ", ")
+	}
+	if c.Servers != "" {
+		s += fmt.Sprintf("; closed %d, servers %s", c.Closed, c.Servers)
 	}
 	return s
 }

@@ -151,7 +151,7 @@ func (p *process) connect() (err error) {
 	p.view, err = kv.NewView(kv.ViewConfig{
 		Conn: p.ctrl, Service: "authcallout", Node: p.cfg.node, Lease: p.cfg.lease, Log: p.log,
 		OnLease:  func(held bool) { p.leases <- held },
-		OnChange: func(c kv.Change, done func()) { p.enforce.Changed(c, done) },
+		OnChange: func(c kv.Change, done func(kv.Enforced)) { p.enforce.Changed(c, done) },
 	})
 	if err != nil {
 		return err

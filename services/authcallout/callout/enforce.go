@@ -68,16 +68,16 @@ type Enforcer struct {
 	mu       sync.Mutex
 	table    *connections
 	kicks    map[uint64]*kick
-	number   uint64              // of kicks
-	reading  int                 // lists that are being read
-	gone     map[connID]bool     // closed meanwhile; nil if none is
-	peers    []string            // nodes that hold the buckets
-	asked    time.Time           // when that was learned
-	due      time.Time           // of the next sweep
-	until    time.Time           // sweeps follow one another until then
-	deferred map[*settled]func() // changes that could not be judged yet
-	silent   map[string]bool     // nodes whose last list did not come
-	run      []func()            // what the holder of mu leaves to do without it
+	number   uint64                         // of kicks
+	reading  int                            // lists that are being read
+	gone     map[connID]bool                // closed meanwhile; nil if none is
+	peers    []string                       // nodes that hold the buckets
+	asked    time.Time                      // when that was learned
+	due      time.Time                      // of the next sweep
+	until    time.Time                      // sweeps follow one another until then
+	deferred map[*settled]func(kv.Enforced) // changes that could not be judged yet
+	silent   map[string]bool                // nodes whose last list did not come
+	run      []func()                       // what the holder of mu leaves to do without it
 }
 
 // enforcedView is what an Enforcer asks of a View.
@@ -94,7 +94,7 @@ type enforcedView interface {
 func NewEnforcer(cfg EnforcerConfig) *Enforcer {
 	e := &Enforcer{
 		cfg: cfg, view: cfg.View, send: cfg.Control.PublishRequest, services: map[string]bool{}, capped: make(chan *session, 1024), wake: make(chan struct{}, 1),
-		table: newConnections(), kicks: map[uint64]*kick{}, deferred: map[*settled]func(){}, silent: map[string]bool{},
+		table: newConnections(), kicks: map[uint64]*kick{}, deferred: map[*settled]func(kv.Enforced){}, silent: map[string]bool{},
 	}
 	for _, k := range cfg.Services {
 		e.services[k] = true
@@ -190,12 +190,15 @@ func (e *Enforcer) opened(s *server, seen sys.Connection) {
 	switch {
 	case hold == nil:
 	case judged:
-		e.settle(e.kicksOf(c), hold.Release)
+		e.settle(e.kicksOf(c), released(hold))
 	default:
-		e.deferChange(hold.Release)
+		e.deferChange(released(hold))
 	}
 	e.limit(c.of)
 }
+
+// released lets go of an admission, whatever came of its connection.
+func released(hold releaser) func(kv.Enforced) { return func(kv.Enforced) { hold.Release() } }
 
 // limit hands a user over the cap to whoever asks the servers first: a killed
 // server tells of no end, and what it had must not count.
@@ -240,11 +243,11 @@ func (e *Enforcer) enforceCap(ctx context.Context, u *session) {
 
 // Changed is told of every change that the View has applied and calls done when
 // the connections it ends are closed, or their servers have had their time.
-func (e *Enforcer) Changed(c kv.Change, done func()) {
+func (e *Enforcer) Changed(c kv.Change, done func(kv.Enforced)) {
 	e.mu.Lock()
 	defer e.unlock()
 	if guard.Off(guard.Kick) {
-		e.run = append(e.run, done)
+		e.run = append(e.run, func() { done(kv.Enforced{}) })
 		return
 	}
 	if e.mayNarrow(c) { // what opens beside it is looked at until nothing can open on the old state
@@ -290,7 +293,7 @@ func (e *Enforcer) sweepOn() {
 
 // deferChange leaves a change to the judgement that follows when the View is
 // whole again, and bounds the wait for that.
-func (e *Enforcer) deferChange(done func()) {
+func (e *Enforcer) deferChange(done func(kv.Enforced)) {
 	s := &settled{left: 1, done: done}
 	e.deferred[s] = done
 	time.AfterFunc(kickPatience, func() {
@@ -299,7 +302,7 @@ func (e *Enforcer) deferChange(done func()) {
 		if _, still := e.deferred[s]; still {
 			delete(e.deferred, s)
 			e.unproven("no_view")
-			e.run = append(e.run, done)
+			e.run = append(e.run, func() { done(kv.Enforced{Unproven: true}) })
 		}
 	})
 }
@@ -457,7 +460,8 @@ type kick struct {
 // settled waits for some kicks and then does something, without mu.
 type settled struct {
 	left int
-	done func()
+	done func(kv.Enforced)
+	kv.Enforced
 }
 
 // kick asks the connection's server to close it; a no-op while that is under way.
@@ -519,8 +523,11 @@ func (e *Enforcer) finish(k *kick, result sys.Outcome) {
 		e.run = append(e.run, func() { e.cfg.Log.Warn("closing a connection is not proven", args...) })
 	}
 	for _, s := range k.then {
+		if s.Unproven = s.Unproven || !result.Proven(); result.Proven() {
+			s.Closed++
+		}
 		if s.left--; s.left == 0 {
-			e.run = append(e.run, s.done)
+			e.run = append(e.run, func() { s.done(s.Enforced) })
 		}
 	}
 }
@@ -529,9 +536,9 @@ func (e *Enforcer) finish(k *kick, result sys.Outcome) {
 func (e *Enforcer) unproven(why string) { e.cfg.Metrics.unproven.WithLabelValues(why).Inc() }
 
 // settle does something when those kicks are over.
-func (e *Enforcer) settle(kicks []*kick, done func()) {
+func (e *Enforcer) settle(kicks []*kick, done func(kv.Enforced)) {
 	if len(kicks) == 0 {
-		e.run = append(e.run, done)
+		e.run = append(e.run, func() { done(kv.Enforced{}) })
 		return
 	}
 	s := &settled{left: len(kicks), done: done}

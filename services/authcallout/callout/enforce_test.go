@@ -196,7 +196,7 @@ func (w *warden) opens(cid int) { w.hears("CONNECT", cid, w.scene.client.pub) }
 func (w *warden) changes(c kv.Change, a *kv.Access) (done *atomic.Bool) {
 	w.access[w.user] = a
 	done = &atomic.Bool{}
-	w.Changed(c, func() { done.Store(true) })
+	w.Changed(c, func(kv.Enforced) { done.Store(true) })
 	return done
 }
 

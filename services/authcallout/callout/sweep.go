@@ -174,7 +174,7 @@ func (e *Enforcer) correct(l *sys.Listing, began time.Time, only string) {
 		c.admitted, c.foreign, c.unseen = admitted, admitted == nil, admitted == nil
 		e.found(c, now, false)
 		if hold != nil {
-			e.settle(e.kicksOf(c), hold.Release)
+			e.settle(e.kicksOf(c), released(hold))
 		}
 		e.limit(c.of)
 	}

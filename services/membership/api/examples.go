@@ -32,7 +32,7 @@ var (
 		Subscribe: []bus.SubjectRule{{Subject: bus.InboxSubscribe(exampleAlice)}, {Subject: bus.RoomSubscribe("ops"), Room: "ops", Role: bus.Writer}},
 	}
 	exampleChange = bus.Change{
-		What: "revoked alice", Revision: 13, Holders: 6, Expired: []string{}, Callouts: "3/3", ElapsedMS: 9, Verified: true,
+		What: "revoked alice", Revision: 13, Holders: 6, Expired: []string{}, Callouts: "3/3", Closed: 2, Servers: "3/3", ElapsedMS: 9, Verified: true,
 	}
 	exampleRoom = bus.RoomInfo{
 		Room: "ops", Status: bus.RoomActive, Description: "what happens on the machines", Creator: exampleAlice,
