@@ -639,22 +639,20 @@ func TestEnforceRace(t *testing.T) {
 func TestEnforceAcrossRestarts(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, cluster.Options{Lease: time.Second})
-	owner, removed, expiring := w.addUser("owner"), w.addUser("removed"), w.addUser("expiring")
-	w.addRoom("ops", owner, kv.RoomOptions{})
-	w.join("ops", removed, bus.Writer)
-	kept := append(w.rawEverywhere(owner), w.rawEverywhere(w.admin)...)
-	lost, timed := w.rawEverywhere(removed), w.rawEverywhere(expiring)
+	expired, expiring := w.addUser("expired"), w.addUser("expiring")
+	kept := append(w.rawEverywhere(w.addUser("other")), w.rawEverywhere(w.admin)...)
+	lost, timed := w.rawEverywhere(expired), w.rawEverywhere(expiring)
 	for _, i := range w.Nodes() {
 		w.Kill(i, cluster.Authcallout)
 	}
-	if _, err := w.store.RemoveMember(t.Context(), "ops", removed.key); err != nil {
-		t.Fatal(err)
+	soon, expiry := time.Now().Add(4*time.Second), time.Now().Add(20*time.Second)
+	for p, at := range map[*person]*time.Time{expired: &soon, expiring: &expiry} {
+		if _, err := w.store.PatchUser(t.Context(), p.key, kv.UserPatch{Expires: true, ExpiresAt: at}); err != nil {
+			t.Fatal(err)
+		}
 	}
+	hold(t.Context(), time.Until(soon))
 	wantOpen(t, lost...) // nobody is there to close them: the limit that the threat model states
-	expiry := time.Now().Add(15 * time.Second)
-	if _, err := w.store.PatchUser(t.Context(), expiring.key, kv.UserPatch{Expires: true, ExpiresAt: &expiry}); err != nil {
-		t.Fatal(err)
-	}
 	for _, i := range w.Nodes() {
 		w.StartNode(i, cluster.Authcallout)
 	}

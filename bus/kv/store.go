@@ -26,6 +26,9 @@ const proofMargin = time.Second
 // write may have landed, and the error says so.
 const writeTimeout = 2 * time.Second
 
+// turnPatience is how long a change waits for those before it under one filter.
+const turnPatience = time.Second
+
 // Store changes users, rooms and members. Every change is one compare-and-set
 // on the record that grants or denies access, made on the state a barrier has
 // just proven, and returns when no lease holder decides on the old state any
@@ -491,23 +494,21 @@ func (s *Store) retried(ctx context.Context, key string, attempt func(s *Store) 
 // awaitTurn has those in this process that are to write under one filter do so
 // one after another, from the look to the moment at which the View shows what
 // was written: of many at once all but one would lose the compare-and-set, and
-// some of them every time. It decides nothing, and whoever writes elsewhere is
-// still met with the compare-and-set. A Store has one turn at a time; change
-// and the end of an attempt end it.
-func (s *Store) awaitTurn(ctx context.Context, filter string) error {
+// some of them every time. It decides nothing: whoever writes elsewhere is still
+// met with the compare-and-set, and nobody is kept waiting long by one who is
+// stuck, least of all a revoke. A Store has one turn at a time; change and the
+// end of an attempt end it.
+func (s *Store) awaitTurn(ctx context.Context, filter string) {
 	s.leaveTurn()
 	if s.hold != nil { // nothing is decided while we wait
 		s.end()
 		defer s.begin()
 	}
-	wait, cancel := s.decide(ctx)
+	wait, cancel := context.WithTimeout(ctx, turnPatience)
 	defer cancel()
-	turn, err := s.exclusively(wait, filter)
-	if err != nil {
-		return bus.E(bus.Unavailable, "too many changes of this kind are under way").WithHint("repeat it in a moment: nothing was changed")
+	if turn, err := s.exclusively(wait, filter); err == nil {
+		s.turn = turn
 	}
-	s.turn = turn
-	return nil
 }
 
 func (s *Store) leaveTurn() {

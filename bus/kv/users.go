@@ -73,16 +73,14 @@ func (s *Store) AddUser(ctx context.Context, key bus.UserKey, handle bus.Handle,
 		// Taken before the look: a reservation without a user may be taken over
 		// while its owner is still at it, so only this condition keeps two adds
 		// from giving one handle to two keys.
-		want, err := s.allUsers(ctx)
-		if err != nil {
-			return Result{}, err
-		}
+		want := s.allUsers(ctx)
 		if known, err := s.view.Access(key); known != nil || err != nil {
 			return Result{}, alreadyRegistered(key, known)
 		}
 		if u, _, ok := s.view.UserByHandle(handle); ok {
 			return Result{}, handleTaken(u)
 		}
+		var err error
 		if claim, err = s.reserve(ctx, handle, key); err != nil {
 			return Result{}, err
 		}
@@ -98,11 +96,9 @@ func (s *Store) AddUser(ctx context.Context, key bus.UserKey, handle bus.Handle,
 
 // allUsers makes a write conditional on every user record being the one that
 // was looked at. Take it before the look.
-func (s *Store) allUsers(ctx context.Context) (expectation, error) {
-	if err := s.awaitTurn(ctx, anyUser); err != nil {
-		return expectation{}, err
-	}
-	return expectation{revision: s.view.revisionAnyUser(), filter: anyUser}, nil
+func (s *Store) allUsers(ctx context.Context) expectation {
+	s.awaitTurn(ctx, anyUser)
+	return expectation{revision: s.view.revisionAnyUser(), filter: anyUser}
 }
 
 func alreadyRegistered(key bus.UserKey, known *Access) *bus.Error {
@@ -189,10 +185,7 @@ func (s *Store) PatchUser(ctx context.Context, key bus.UserKey, p UserPatch) (Re
 	var old bus.Handle
 	var claim uint64
 	res, err := s.retried(ctx, key.Hex(), func(s *Store) (Result, error) {
-		want, err := s.allUsers(ctx)
-		if err != nil {
-			return Result{}, err
-		}
+		want := s.allUsers(ctx)
 		u, rev, ok := s.view.User(key)
 		if !ok {
 			return Result{}, s.noUser(key)
@@ -287,10 +280,7 @@ func (s *Store) alter(ctx context.Context, key bus.UserKey, state string, edit f
 		var all expectation
 		was, rev, ok := s.view.User(key)
 		if ok && was.Role == bus.Admin {
-			var err error
-			if all, err = s.allUsers(ctx); err != nil {
-				return Result{}, err
-			}
+			all = s.allUsers(ctx)
 			was, rev, ok = s.view.User(key)
 		}
 		if !ok {
