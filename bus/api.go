@@ -87,6 +87,37 @@ type Change struct {
 	Unproven  []string `json:"unproven,omitempty"` // nodes whose server did not say that nothing is left open there
 }
 
+// ConnectionInfo is one open connection of a user. Name, Lang and Version are
+// what the client calls itself; the rest is what the server has seen.
+type ConnectionInfo struct {
+	Server        string    `json:"server"` // name of the node
+	CID           uint64    `json:"cid"`    // given once for the life of that server
+	SignPub       UserKey   `json:"sign_pub"`
+	NKey          string    `json:"nkey"`
+	Handle        Handle    `json:"handle"`
+	Address       string    `json:"address"` // host:port
+	Since         time.Time `json:"since"`
+	LastActivity  time.Time `json:"last_activity"`
+	Name          string    `json:"name"`
+	Lang          string    `json:"lang"`
+	Version       string    `json:"version"`
+	Subscriptions int       `json:"subscriptions"`
+	InMsgs        int64     `json:"in_msgs"` // from the client
+	OutMsgs       int64     `json:"out_msgs"`
+	InBytes       int64     `json:"in_bytes"`
+	OutBytes      int64     `json:"out_bytes"`
+	PendingBytes  int64     `json:"pending_bytes"` // written to the client and not taken yet
+}
+
+// ConnectionList is who is connected, by server and cid. Of the servers in
+// Missing nothing is known.
+type ConnectionList struct {
+	Connections []ConnectionInfo `json:"connections"`
+	Servers     string           `json:"servers"` // that answered, of all
+	Missing     []string         `json:"missing"`
+	Next        string           `json:"next"` // over the API: the page that follows; empty at the end
+}
+
 // AccessInfo explains what a user may do on NATS, and why.
 type AccessInfo struct {
 	User      UserInfo      `json:"user"`

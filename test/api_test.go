@@ -36,6 +36,7 @@ func TestAPI(t *testing.T) {
 		{"rooms", a.rooms},
 		{"rotate", a.rotate},
 		{"audit", a.audit},
+		{"connections", a.connections},
 		{"pages", a.pages},
 		{"a crowd", a.crowd},
 		{"if-match", a.ifMatch},

@@ -227,6 +227,16 @@ func sameOverBoth(t *testing.T, ways ...*way) {
 		{1, "an id is never used again", line("room create @kept --owner @alice")},
 		{1, "no room nowhere", line("room archive nowhere --yes")},
 
+		{0, "nobody that this selects is connected", line("conn list --user @alice")},
+		{0, `"connections": []`, line("conn list --user @alice --room @ops --server n1 --json")},
+		{1, "no room nowhere", line("conn list --room nowhere")},
+		{1, "no user nobody", line("conn list --user nobody")},
+		{0, "would close 0 connections", line("conn kick @alice --dry-run")},
+		{2, "needs --yes", line("conn kick @alice")},
+		{2, "--cid counts on one server", line("conn kick @alice --cid 7 --yes")},
+		{0, ": servers 3/3", line("conn kick @alice --yes")},
+		{1, "no user nobody", line("conn kick nobody --yes")},
+
 		{0, "would revoke", line("user revoke @alice --dry-run")},
 		{0, `"dry_run": true`, line("user revoke @alice --dry-run --json")},
 		{0, "active", line("user show @alice")},

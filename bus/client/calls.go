@@ -3,8 +3,10 @@ package client
 import (
 	"context"
 	"fmt"
+	"maps"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"time"
 
@@ -201,6 +203,50 @@ func (c *Client) Access(ctx context.Context, user string) (bus.AccessInfo, error
 		err = c.get(ctx, path+"/access", nil, &out)
 	}
 	return out.Access, err
+}
+
+// ConnectionQuery selects connections; what is empty selects all.
+type ConnectionQuery struct {
+	User   string
+	Room   bus.RoomID // of who is in that room now
+	Server string     // name of a node
+}
+
+// Connections lists who is connected, all pages of it. The servers named in
+// Missing did not answer: what is open there is not known. Admins only.
+func (c *Client) Connections(ctx context.Context, q ConnectionQuery) (bus.ConnectionList, error) {
+	var last bus.ConnectionList
+	missing := map[string]bool{}
+	connections, err := all(func(after string) ([]bus.ConnectionInfo, string, error) {
+		last = bus.ConnectionList{}
+		err := c.get(ctx, "/v1/connections", values("user", q.User, "room", string(q.Room), "server", q.Server, "after", after, "limit", "500"), &last)
+		for _, m := range last.Missing {
+			missing[m] = true
+		}
+		return last.Connections, last.Next, err
+	})
+	last.Connections, last.Missing = connections, slices.AppendSeq([]string{}, maps.Keys(missing))
+	slices.Sort(last.Missing)
+	return last, err
+}
+
+// Kick closes a user's connections: all, those to one server, or one of them
+// (cid is not 0). It takes no access away, their clients connect again. May be
+// sent again.
+func (c *Client) Kick(ctx context.Context, user, server string, cid uint64) (bus.Change, error) {
+	path, err := userPath(user)
+	if err != nil {
+		return bus.Change{}, err
+	}
+	number := ""
+	if cid != 0 {
+		number = strconv.FormatUint(cid, 10)
+	}
+	path += "/connections"
+	if q := values("server", server, "cid", number); len(q) > 0 {
+		path += "?" + q.Encode()
+	}
+	return c.again(ctx, http.MethodDelete, path, nil)
 }
 
 // NewInvite says what an invite shall lead to.

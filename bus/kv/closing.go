@@ -2,7 +2,6 @@ package kv
 
 import (
 	"context"
-	"slices"
 	"sync"
 	"time"
 
@@ -19,6 +18,9 @@ import (
 // sweepPatience is how long a change waits for the servers' lists, and again for
 // what it closes itself. A server that is gone costs a change this much.
 const sweepPatience = 2 * time.Second
+
+// kicksAtOnce bounds the requests in flight when a whole room is closed.
+const kicksAtOnce = 64
 
 // rosterAge is how long it is believed which servers there are.
 const rosterAge = 30 * time.Second
@@ -100,55 +102,17 @@ func (s *Store) swept(ctx context.Context, res Result, err error, who map[bus.Us
 	if len(who) > 1 {
 		only = ""
 	}
-	w := Swept{}
 	defer func() { res.Elapsed = s.now().Sub(res.started) }()
-	nodes, err := s.nodes(ctx, false)
+	lists, err := s.lists(ctx, byName[only])
 	if err != nil {
-		w.Missing, res.Swept = []string{"servers that nobody names"}, &w
+		res.Swept = &Swept{Missing: []string{"servers that nobody names"}}
 		return res, nil
 	}
-	asking, cancel := context.WithTimeout(ctx, sweepPatience)
-	lists := sys.List(asking, s.view.cfg.Conn, nodes, only, s.now)
-	cancel()
-	if len(lists.Missing) > 0 { // one may have been given up meanwhile
-		if now, err := s.nodes(ctx, true); err == nil {
-			lists.Missing = slices.DeleteFunc(lists.Missing, func(n string) bool { return !slices.Contains(now, n) })
-		}
-	}
-	var closing sync.WaitGroup
-	var mu sync.Mutex
-	kicking, cancel := context.WithTimeout(ctx, sweepPatience)
-	defer cancel()
-	places := make(chan struct{}, 64)
-	for _, l := range lists.Whole {
-		w.Answered = append(w.Answered, l.Node)
-		for _, c := range l.Rows {
-			k, ours := byName[string(c.User)]
-			if !ours || !mustBeGone(who[k], c.Start, s.admits(k), res.enforced, res.committed) {
-				continue
-			}
-			places <- struct{}{}
-			closing.Go(func() {
-				defer func() { <-places }()
-				out := sys.Kick(kicking, s.view.cfg.Conn, l.Server, c.CID)
-				s.log.Info("connection closed by whoever changed the access", "key", k.NKey(), "server", l.Node, "client", c.CID, "result", out)
-				mu.Lock()
-				defer mu.Unlock()
-				switch {
-				case out == sys.Closed:
-					res.Closed++
-				case !out.Proven() && !slices.Contains(lists.Missing, l.Node):
-					lists.Missing = append(lists.Missing, l.Node)
-				}
-			})
-		}
-	}
-	closing.Wait()
-	w.Missing = lists.Missing
-	w.Answered = slices.DeleteFunc(w.Answered, func(n string) bool { return slices.Contains(w.Missing, n) })
-	slices.Sort(w.Answered)
-	slices.Sort(w.Missing)
-	res.Swept = &w
+	res.Swept = &Swept{}
+	s.close(ctx, &res, lists, func(_ string, c sys.Connection) bool {
+		k, ours := byName[string(c.User)]
+		return ours && mustBeGone(who[k], c.Start, s.admits(k), res.enforced, res.committed)
+	})
 	return res, nil
 }
 

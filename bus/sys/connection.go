@@ -72,7 +72,7 @@ type Traffic struct {
 	InBytes      int64     `json:"in_bytes"`
 	OutBytes     int64     `json:"out_bytes"`
 	Pending      int64     `json:"pending_bytes"`
-	Subs         uint32    `json:"subscriptions"`
+	Subs         int       `json:"subscriptions"`
 }
 
 // Traffic reads the rest of a listed connection; of an event it is empty.

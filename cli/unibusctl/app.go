@@ -37,6 +37,7 @@ func (a *app) commands() []*cli.Command {
 		a.userCommand(),
 		a.inviteCommand(),
 		a.roomCommand(),
+		a.connCommand(),
 		a.aclCommand(),
 		a.auditCommand(),
 		a.clusterCommand(),

@@ -36,6 +36,10 @@ type backend interface {
 	RotateUser(ctx context.Context, user string, to bus.UserKey) (bus.Change, error)
 	Access(ctx context.Context, user string) (bus.AccessInfo, error)
 
+	// Connections lists who is connected; a server that is missing is no error.
+	Connections(ctx context.Context, q client.ConnectionQuery) (bus.ConnectionList, error)
+	Kick(ctx context.Context, user, server string, cid uint64) (bus.Change, error)
+
 	CreateInvite(ctx context.Context, i client.NewInvite) (bus.InviteCreated, error)
 	Invites(ctx context.Context) ([]bus.InviteInfo, error)
 	WithdrawInvite(ctx context.Context, id string) (info bus.InviteInfo, already bool, err error)
@@ -97,6 +101,12 @@ func (a *app) reading(ctx context.Context, do func(ctx context.Context, b backen
 // changing runs one change to its proof and prints it, then the line about the
 // users bucket that scripts look for.
 func (a *app) changing(ctx context.Context, do func(ctx context.Context, b backend) (bus.Change, error)) error {
+	return a.proving(ctx, do, a.afterWrite)
+}
+
+// proving is changing without a record being written: then is what follows the
+// print.
+func (a *app) proving(ctx context.Context, do func(ctx context.Context, b backend) (bus.Change, error), then func(context.Context, backend)) error {
 	b, err := a.open(ctx)
 	if err != nil {
 		return err
@@ -119,7 +129,7 @@ func (a *app) changing(ctx context.Context, do func(ctx context.Context, b backe
 	case change.Verified:
 		fmt.Fprintln(a.out, oneLine(changeLine(change)))
 	}
-	a.afterWrite(ctx, b)
+	then(ctx, b)
 	if len(change.Unproven) > 0 {
 		on := strings.Join(change.Unproven, ", ")
 		return bus.E(bus.Unavailable, "%s: committed, not proven on %s: revision %d, closed %d, servers %s", change.What, on, change.Revision, change.Closed, change.Servers).
@@ -144,6 +154,9 @@ func (a *app) afterWrite(ctx context.Context, b backend) {
 }
 
 func changeLine(c bus.Change) string {
+	if c.Holders == 0 && c.Servers != "" { // nobody's access has changed
+		return fmt.Sprintf("%s: servers %s, in %d ms", c.What, c.Servers, c.ElapsedMS)
+	}
 	s := fmt.Sprintf("%s: revision %d, proven by %d of %d lease holders in %d ms", c.What, c.Revision, c.Holders-len(c.Expired), c.Holders, c.ElapsedMS)
 	if len(c.Expired) > 0 {
 		s += "; waited out the lease of " + strings.Join(c.Expired, ", ")

@@ -287,6 +287,27 @@ func (d *direct) Access(_ context.Context, user string) (bus.AccessInfo, error) 
 	return d.view.Explain(u.Key, d.app.now())
 }
 
+func (d *direct) Connections(ctx context.Context, q client.ConnectionQuery) (bus.ConnectionList, error) {
+	of := kv.ConnectionQuery{Room: q.Room, Node: q.Server}
+	if q.User != "" {
+		u, err := d.find(q.User)
+		if err != nil {
+			return bus.ConnectionList{}, err
+		}
+		of.User = u.Key
+	}
+	if _, _, ok := d.view.Room(q.Room); q.Room != "" && !ok {
+		return bus.ConnectionList{}, bus.E(bus.NotFound, "no room %s", q.Room).WithHint("unibusctl room list")
+	}
+	return d.store.Connections(ctx, of)
+}
+
+func (d *direct) Kick(ctx context.Context, user, server string, cid uint64) (bus.Change, error) {
+	return d.changeUser(ctx, "connection.kick", user, server, func(k bus.UserKey) (kv.Result, error) {
+		return d.store.Kick(ctx, kv.ConnectionQuery{User: k, Node: server, CID: cid})
+	})
+}
+
 func (d *direct) CreateInvite(ctx context.Context, i client.NewInvite) (out bus.InviteCreated, err error) {
 	_, err = d.record(ctx, "invite.create", bus.AuditEntry{Detail: strings.TrimSpace(fmt.Sprintf("role %s handle %s", i.Role, i.Handle))}, func() (bus.Change, error) {
 		out, err = d.store.CreateInvite(ctx, kv.InviteRequest{Role: i.Role, Handle: i.Handle, Rooms: i.Rooms, TTL: i.TTL})

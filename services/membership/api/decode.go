@@ -239,6 +239,12 @@ func (p parameter) set(f reflect.Value, text string) error {
 			return invalid("%s must be a whole number", p.name)
 		}
 		f.SetInt(int64(n))
+	case reflect.Uint64:
+		n, err := strconv.ParseUint(text, 10, 64)
+		if err != nil {
+			return invalid("%s must be a whole number", p.name)
+		}
+		f.SetUint(n)
 	case reflect.String:
 		f.SetString(text)
 	default:

@@ -34,6 +34,14 @@ var (
 	exampleChange = bus.Change{
 		What: "revoked alice", Revision: 13, Holders: 6, Expired: []string{}, Callouts: "3/3", Closed: 2, Servers: "3/3", ElapsedMS: 9, Verified: true,
 	}
+	exampleConnection = bus.ConnectionInfo{
+		Server: "n1", CID: 77, SignPub: exampleAlice, NKey: exampleAlice.NKey(), Handle: "alice", Address: "198.51.100.7:53124",
+		Since: exampleTime, LastActivity: exampleTime, Name: "backup job", Lang: "go", Version: "1.55.0", Subscriptions: 3,
+		InMsgs: 12, OutMsgs: 4711, InBytes: 1830, OutBytes: 730211,
+	}
+	exampleKick = bus.Change{
+		What: "closed 2 of alice", Revision: 12, Expired: []string{}, Callouts: "0/0", Closed: 2, Servers: "3/3", ElapsedMS: 3, Verified: true,
+	}
 	exampleRoom = bus.RoomInfo{
 		Room: "ops", Status: bus.RoomActive, Description: "what happens on the machines", Creator: exampleAlice,
 		CreatedAt: exampleTime, Members: 1, Revision: 3,

@@ -21,6 +21,8 @@ const (
 	userResume      action = "user.resume"
 	userRotate      action = "user.rotate"
 	userAccess      action = "user.access"
+	connectionList  action = "connection.list"
+	connectionKick  action = "connection.kick"
 	inviteCreate    action = "invite.create"
 	inviteList      action = "invite.list"
 	inviteWithdraw  action = "invite.withdraw"
@@ -66,7 +68,7 @@ func may(s subject, act action, t target) error {
 	case meShow, meEncryptionKey, userShow, roomList:
 		return nil // about the caller, or cut down to what they may see
 	case userList, userAdd, userPatch, userRevoke, userSuspend, userResume,
-		inviteCreate, inviteList, inviteWithdraw, roomListAll, auditList, auditVerify:
+		connectionList, connectionKick, inviteCreate, inviteList, inviteWithdraw, roomListAll, auditList, auditVerify:
 		return allow(s.role == bus.Admin, "only an admin may do this")
 	case userRotate, userAccess:
 		return allow(s.role == bus.Admin || s.key == t.user, "only an admin may do this to somebody else")

@@ -20,6 +20,8 @@ var mayTable = map[action]string{
 	userRevoke:      "y     f     f      f      f      f        f",
 	userSuspend:     "y     f     f      f      f      f        f",
 	userResume:      "y     f     f      f      f      f        f",
+	connectionList:  "y     f     f      f      f      f        f",
+	connectionKick:  "y     f     f      f      f      f        f",
 	inviteCreate:    "y     f     f      f      f      f        f",
 	inviteList:      "y     f     f      f      f      f        f",
 	inviteWithdraw:  "y     f     f      f      f      f        f",

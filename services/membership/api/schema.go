@@ -89,6 +89,9 @@ type inviteToken string
 // inviteID names an invite.
 type inviteID string
 
+// nodeName names a server.
+type nodeName string
+
 // auditWord is the name of an action, or with a star what it begins with.
 type auditWord string
 
@@ -132,6 +135,8 @@ func scalarOf(t reflect.Type) (schema, bool) {
 		return str(`^("[1-9][0-9]{0,17}"|\*)$`, "the ETag of what is to be changed"), true
 	case reflect.TypeFor[inviteID]():
 		return str(`^[0-9a-f]{16}$`, ""), true
+	case reflect.TypeFor[nodeName]():
+		return str(`^[a-z0-9][a-z0-9-]{0,62}$`, "such as n1"), true
 	case reflect.TypeFor[auditWord]():
 		return str(`^[a-z][a-z._-]{0,62}\*?$`, "such as user.add"), true
 	case reflect.TypeFor[auditActor]():
