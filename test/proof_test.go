@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -33,6 +35,7 @@ func TestProof(t *testing.T) {
 		{"without callouts", pr.direct},
 		{"a paused server", pr.paused},
 		{"a dead node", pr.dead},
+		{"a node given up", pr.forgotten},
 	} {
 		t.Run(s.name, s.test)
 	}
@@ -194,4 +197,49 @@ func (pr *proof) dead(t *testing.T) {
 		t.Errorf("after n3 is back: %+v %v", c, err)
 	}
 	wantOpen(t, pr.kept[:2]...)
+}
+
+// forgotten: a node that is given up is waited for no more, and another one of
+// its name, with nothing on its disk, takes its place.
+func (pr *proof) forgotten(t *testing.T) {
+	p, q := pr.addUser("given-up"), pr.addUser("after")
+	pr.rawEverywhere(p)
+	for node, words := range map[string]string{"n3": "n3 is there", "N3": "no name of a node"} {
+		if r := pr.In(t).CLI("cluster", "forget", node, "--yes"); r.Code != 1 || !strings.Contains(r.Stderr, words) {
+			t.Errorf("forget %s of three that run: exit %d: %s%s", node, r.Code, r.Stdout, r.Stderr)
+		}
+	}
+	pr.Kill(3)
+	if r := pr.In(t).CLI("cluster", "forget", "n3"); r.Code != 2 || !strings.Contains(r.Stderr, "needs --yes") {
+		t.Errorf("unasked: exit %d: %s%s", r.Code, r.Stdout, r.Stderr)
+	}
+	if r := pr.In(t).CLI("cluster", "forget", "n3", "--yes"); r.Code != 0 || !strings.Contains(r.Stdout, "forgot n3: left are n1, n2") {
+		t.Fatalf("exit %d: %s%s", r.Code, r.Stdout, r.Stderr)
+	}
+	if r := pr.In(t).CLI("cluster", "forget", "n3", "--yes"); r.Code != 1 || !strings.Contains(r.Stderr, "is forgotten") {
+		t.Errorf("once more: exit %d: %s%s", r.Code, r.Stdout, r.Stderr)
+	}
+	cluster.WaitFor(t, 30*time.Second, "a revoke that two nodes prove", func() error {
+		r := pr.In(t).CLI("user", "revoke", "given-up", "--yes")
+		if r.Code != 0 || !strings.Contains(r.Stdout, "servers 2/2") {
+			return fmt.Errorf("exit %d: %s%s", r.Code, r.Stdout, r.Stderr)
+		}
+		return nil
+	})
+	pr.WaitHealthy(30*time.Second, 1, 2)
+	if err := os.RemoveAll(filepath.Join(pr.Dir, "n3", "state")); err != nil {
+		t.Fatal(err)
+	}
+	pr.StartNode(3)
+	pr.WaitHealthy(time.Minute)
+	pr.waitAdmits(q, 1, 2, 3)
+	cs := pr.rawEverywhere(q)
+	cluster.WaitFor(t, time.Minute, "three nodes to prove again", func() error {
+		r := pr.In(t).CLI("user", "suspend", "after")
+		if r.Code != 0 || !strings.Contains(r.Stdout, "servers 3/3") {
+			return fmt.Errorf("exit %d: %s%s", r.Code, r.Stdout, r.Stderr)
+		}
+		return nil
+	})
+	wantClosed(t, cs...)
 }

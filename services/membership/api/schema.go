@@ -136,7 +136,7 @@ func scalarOf(t reflect.Type) (schema, bool) {
 	case reflect.TypeFor[inviteID]():
 		return str(`^[0-9a-f]{16}$`, ""), true
 	case reflect.TypeFor[nodeName]():
-		return str(`^[a-z0-9][a-z0-9-]{0,62}$`, "such as n1"), true
+		return str(`^[a-z][a-z0-9-]{0,31}$`, "such as n1"), true
 	case reflect.TypeFor[auditWord]():
 		return str(`^[a-z][a-z._-]{0,62}\*?$`, "such as user.add"), true
 	case reflect.TypeFor[auditActor]():
