@@ -325,8 +325,8 @@ func TestCapsHoldTheBuckets(t *testing.T) {
 	}
 }
 
-// TestDeployNATS holds deploy/nats to the templates: it is what an operator
-// reads before there is a cluster. `go test -run TestDeployNATS -update`
+// TestDeployNATS holds deploy/nats, and the environment files in deploy/systemd,
+// to the templates: it is what an operator reads before there is a cluster. `go test -run TestDeployNATS -update`
 // rewrites it.
 func TestDeployNATS(t *testing.T) {
 	const dir = "../../deploy/nats"
@@ -341,11 +341,10 @@ func TestDeployNATS(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, f := range files {
-		name, ok := strings.CutPrefix(f.name, "nats/")
-		if !ok {
-			continue
+		path := "../../deploy/systemd/" + f.name + ".example"
+		if name, ok := strings.CutPrefix(f.name, "nats/"); ok {
+			path = filepath.Join(dir, filepath.FromSlash(name))
 		}
-		path := filepath.Join(dir, filepath.FromSlash(name))
 		if *update {
 			if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 				t.Fatal(err)
