@@ -45,6 +45,7 @@ func (a *app) commands() []*cli.Command {
 		a.identityCommand(),
 		a.pkiCommand(),
 		a.configCommand(),
+		a.deployCommand(),
 		a.envCommand(),
 		a.apiCommand(),
 		a.completionCommand(),
