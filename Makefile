@@ -67,6 +67,10 @@ controls: ## Prove that the tests notice: take one protection away at a time
 bench: ## Measure a real cluster beside one of static users: the table of docs/performance.md
 	$(IN_TEST) -timeout 60m -run '^$$' -bench . -benchtime 1x .
 
+.PHONY: fleet
+fleet: build ## Three booted Debian systems, reached by ssh, from the inventory to the loss of nodes (root)
+	@test/fleet/fleet.sh
+
 FUZZTIME ?= 20s
 fuzz: ## Fuzz every fuzz target for FUZZTIME, then a cluster by its own OpenAPI document
 	@for m in $(MODULES); do (cd $$m && for p in $$(go list ./...); do \

@@ -1,0 +1,189 @@
+# shellcheck shell=bash
+# shellcheck disable=SC2016 # what stands in single quotes expands on the node
+# shellcheck disable=SC2154 # fleet.sh has the variables
+# The life of a cluster, step by step; sourced by fleet.sh, which has the words.
+
+life() {
+	planted_before
+	deploy plan >"$work/plan"
+	grep -q '^n3: create /etc/unibus/creds/issuer.nk (0600 root:root, secret)' "$work/plan" || fail "the plan does not show a seed as secret"
+	! grep -q 'SA[A-Z0-9]\{20\}' "$work/plan" || fail "the plan shows a seed"
+	! on 1 'ls -d /etc/unibus /var/lib/unibus-deploy' 2>/dev/null || fail "a plan wrote something"
+	deploy stage 2>/dev/null >"$work/plan"
+	! on 1 'ls -d /etc/unibus /var/lib/unibus-deploy' 2>/dev/null || fail "a stage without --yes wrote something"
+	deploy stage --yes >/dev/null 2>&1
+	deploy stage --yes 2>/dev/null | grep -c 'nothing differs' | grep -qx 3 || fail "a second stage finds differences"
+	for n in 1 2 3; do ! units_active "$n" >/dev/null || fail "a stage started something"; done
+	step "staged from the inventory; nothing was started"
+
+	on 3 'sudo systemd-analyze verify unibus-nats.service unibus-authcallout.service unibus-membership.service unibus.target 2>&1' >"$work/seen" || true
+	[[ ! -s $work/seen ]] || fail "verify on the node says: $(<"$work/seen")"
+	on 1 'stat -c "%a %U:%G %n" /etc/unibus/creds /etc/unibus/creds/issuer.nk /etc/unibus/tls/api.key /etc/unibus/nats/conf.d/secrets.conf' >"$work/modes"
+	diff "$work/modes" - <<-'END' || fail "modes or owners"
+		700 root:root /etc/unibus/creds
+		600 root:root /etc/unibus/creds/issuer.nk
+		640 root:unibus-membership /etc/unibus/tls/api.key
+		640 root:unibus-nats /etc/unibus/nats/conf.d/secrets.conf
+	END
+
+	# The old deadlock: one node alone is started, and the start returns.
+	local before=$SECONDS
+	deploy start --node n2 --yes >/dev/null
+	((SECONDS - before < 20)) || fail "the start of one node alone took $((SECONDS - before)) s"
+	within 30 unit_says 2 'waiting for'
+	unhealthy 2 || fail "one node alone is healthy"
+	deploy status --node n2 | grep -q 'unibus-membership .*waiting for' || fail "status does not say what it waits for"
+	step "one node alone: started at once, and says $(on 2 'systemctl show -P StatusText unibus-membership')"
+	deploy start --node n3 --yes >/dev/null
+	unhealthy 3 || fail "two of three serve on the first start"
+	deploy start --node n1 --yes >/dev/null
+	for n in 1 2 3; do within 90 healthy "$n"; done
+	within 30 deploy status
+	step "all three serve"
+
+	local as seed='S[AUX][A-Z2-7]{50}'
+	for n in 1 2 3; do
+		as=$([[ $n != 3 ]] || echo sudo)
+		# No seed in an argument or an environment.
+		on "$n" "$as sh -c 'cat /proc/[0-9]*/cmdline; cat /proc/\$(systemctl show -P MainPID unibus-authcallout)/environ'" 2>/dev/null |
+			tr '\0' '\n' >"$work/seen" || true
+		grep -q "^UNIBUS_NODE=n$n" "$work/seen" || fail "cannot see the environment of n$n"
+		! grep -qE "$seed" "$work/seen" || fail "a seed in an argument or an environment of n$n"
+		# The monitor and the metrics are there, and not for other machines.
+		for port in 8222 9470 9480; do
+			on "$n" "curl -s -o /dev/null http://127.0.0.1:$port/" || fail "port $port of n$n does not listen"
+			! operator curl -s -m 2 "http://10.77.0.$n:$port/" >/dev/null || fail "port $port of n$n is open to others"
+		done
+	done
+	# Each user sees the seeds of its own process.
+	on 1 'su -s /bin/sh unibus-membership -c "cat /run/credentials/unibus-membership.service/membership-ctrl.nk"' | grep -qE "$seed" || fail "cannot try as membership's user"
+	! on 1 'su -s /bin/sh unibus-membership -c "cat /run/credentials/unibus-authcallout.service/issuer.nk"' 2>/dev/null | grep . || fail "membership's user reads the issuer's seed"
+
+	ctl identity new --out "$work/admin.nk" >/dev/null 2>&1
+	ctl --direct bootstrap --handle admin --sign-pub "$(ctl identity show "$work/admin.nk" --json | grep -o 'U[A-Z2-7]\{55\}')" >/dev/null
+	ctl identity new --out "$work/alice.nk" >/dev/null 2>&1
+	alice=$(ctl identity show "$work/alice.nk" --json | grep -o 'U[A-Z2-7]\{55\}')
+	ctl user add --handle alice --sign-pub "$alice" --role member >/dev/null
+	ctl room create ops >/dev/null
+	ctl room add ops alice --role writer >/dev/null
+	for n in 1 2 3; do alice_talks "$n" || fail "alice cannot talk over n$n"; done
+	ctl cluster wait >/dev/null
+	step "first admin, a user, a room; she talks over every node"
+
+	staging_leaves_alone
+	stops
+	planted_after
+	for n in 1 2 3; do on "$n" 'systemctl is-active neighbour' >/dev/null || fail "another service of n$n was disturbed"; done
+	step "done"
+}
+
+all_stopped() { [[ $(on "$1" 'systemctl is-active unibus-nats unibus-authcallout unibus-membership' | sort -u) == inactive ]]; }
+
+# alice_talks N: a stock client, the server of that node alone, twice allowed and
+# once refused.
+alice_talks() {
+	local to=(operator env -i HOME="$work" "$bin/nats" --server "tls://10.77.0.$1:4250" --tlsca "$work/pki/client-ca.crt" --nkey "$work/alice.nk" --inbox-prefix "_INBOX_$alice")
+	"${to[@]}" pub "room.ops.$alice.hello" hello >/dev/null 2>&1 || return 1
+	! "${to[@]}" pub "room.other.$alice.hello" hello >/dev/null 2>&1
+}
+alice_is_left_alone() { ! alice_talks "$1"; }
+
+# What stops a stage before anything is done anywhere.
+planted_before() {
+	local keep
+	sed 's/^NODE_3=.*/NODE_3="n3 ssh=<user@host> public=10.77.0.3 private=10.77.0.3"/' "$work/nodes.env" >"$work/bad.env"
+	refuses 'bad.env:5:' ctl deploy start --inventory "$work/bad.env" --yes
+	sed 's/10\.77\.0\.3/10.77.0.33/g' "$work/nodes.env" >"$work/bad.env"
+	cp -r "$work/pki" "$work/badpki"
+	ctl pki issue --dir "$work/badpki" --inventory "$work/bad.env" --force >/dev/null 2>&1
+	refuses 'n3 is not reached by ssh' ctl deploy stage --inventory "$work/bad.env" --ssh-config "$work/ssh_config" \
+		--secrets "$work/secrets" --pki "$work/badpki" --bin "$bin" --units "$repo/deploy/systemd" --yes
+	keep=$(<"$work/ssh_config")
+	echo "${keep//"$work/key"/"$work/wrong"}" >"$work/ssh_config"
+	refuses 'Permission denied' deploy stage --yes
+	echo "$keep" >"$work/ssh_config"
+	# A full disk: a file system for /var/lib with nothing left.
+	on 3 'sudo mount -t tmpfs -o size=20m none /var/lib'
+	refuses 'MiB free in /var/lib' deploy stage --yes
+	on 3 'sudo umount /var/lib'
+	for n in 1 2 3; do ! on "$n" 'ls -d /etc/unibus' 2>/dev/null || fail "n$n was touched"; done
+	step "refused, and nothing done: a placeholder, an unreachable host, a wrong key, a full disk"
+}
+
+# A stage on running nodes restarts nothing, and can be taken back.
+staging_leaves_alone() {
+	local n1 conf
+	n1=$(started 1 unibus-nats)
+	conf=$(on 1 'cat /etc/unibus/membership.env')
+	sed 's/^ROUTE_NETWORK.*/&\nAPI_AUTHORITIES=bus.fleet.test/' "$work/nodes.env" >"$work/nodes.new"
+	cp "$work/nodes.env" "$work/nodes.old"
+	cp "$work/nodes.new" "$work/nodes.env"
+	deploy plan --node n1 >"$work/plan" 2>"$work/said"
+	grep -q '^+UNIBUS_AUTHORITIES=.*bus.fleet.test' "$work/plan" || fail "the plan shows no diff: $(<"$work/plan")"
+	grep -q 'unibus-membership runs with the new files after its next restart' "$work/said" || fail "the plan does not name the unit: $(<"$work/said")"
+	deploy stage --node n1 --yes >/dev/null 2>&1
+	on 1 'grep -q bus.fleet.test /etc/unibus/membership.env' || fail "not staged"
+	deploy status --node n1 | grep -q 'unibus-membership .*environment' || fail "status does not see the new environment"
+	deploy start --node n1 --yes >/dev/null
+	[[ $(started 1 unibus-nats) == "$n1" ]] || fail "a stage or a start restarted nats-server"
+	deploy rollback --node n1 2>/dev/null | grep -qx 'n1: restore /etc/unibus/membership.env' || fail "the rollback does not say what it does"
+	deploy rollback --node n1 --yes >/dev/null 2>&1
+	[[ $(on 1 'cat /etc/unibus/membership.env') == "$conf" ]] || fail "the rollback did not bring the old file back"
+	cp "$work/nodes.old" "$work/nodes.env"
+	deploy plan --node n1 2>/dev/null | grep -qx 'n1: nothing differs' || fail "after the rollback something differs"
+	step "a stage on a running node restarted nothing, and was rolled back"
+}
+
+# One node down: all goes on. Two: nobody new is admitted. Back: all serve.
+stops() {
+	power_off 3
+	within 60 alice_talks 1
+	within 30 healthy 2
+	step "n3 without power: the others go on"
+	on 2 'systemctl stop unibus.target'
+	within 60 all_stopped 2
+	within 60 unhealthy 1
+	within 30 alice_is_left_alone 1
+	step "n2 stopped too: n1 denies"
+	boot 3
+	within 60 on 3 true
+	for n in 1 3; do within 90 healthy "$n"; done
+	within 30 alice_talks 3
+	step "n3 came back by itself at boot: any two serve"
+	on 2 'systemctl start unibus.target'
+	within 90 healthy 2
+	within 60 ctl cluster wait
+	step "all three serve again"
+	# A process that dies is started again.
+	on 1 'kill -KILL $(systemctl show -P MainPID unibus-membership) $(systemctl show -P MainPID unibus-authcallout)'
+	within 60 healthy 1
+	within 30 units_active 1
+	step "killed services are back"
+}
+
+# What must not do harm to a cluster that runs.
+planted_after() {
+	# Two rows of the inventory are swapped: one store under another name.
+	sed -e 's/^NODE_1="n1 ssh=root@10.77.0.1/NODE_1="n1 ssh=root@10.77.0.X/' -e 's/^NODE_2="n2 ssh=root@10.77.0.2/NODE_2="n2 ssh=root@10.77.0.1/' \
+		-e 's/10.77.0.X/10.77.0.2/' "$work/nodes.env" >"$work/bad.env"
+	refuses 'is node n2 already' ctl deploy stage --inventory "$work/bad.env" --ssh-config "$work/ssh_config" \
+		--secrets "$work/secrets" --pki "$work/pki" --bin "$bin" --units "$repo/deploy/systemd" --yes
+	# An interrupted stage is taken up, and keeps what was there before it.
+	on 1 'echo 20000101T000000.000Z >/var/lib/unibus-deploy/unfinished; mkdir -p /var/lib/unibus-deploy/backups/20000101T000000.000Z;
+		cd /var/lib/unibus-deploy/backups/20000101T000000.000Z && mkdir -p tree/etc/unibus && cp -p /etc/unibus/node.env tree/etc/unibus/;
+		echo "kept /etc/unibus/node.env" >entries;
+		echo broken >/etc/unibus/node.env'
+	refuses 'interrupted' deploy start --node n1 --yes
+	deploy stage --node n1 --yes >/dev/null 2>&1
+	on 1 'test ! -e /var/lib/unibus-deploy/unfinished && grep -q UNIBUS_NODE=n1 /etc/unibus/node.env && grep -q UNIBUS_NODE=n1 /var/lib/unibus-deploy/backups/20000101T000000.000Z/tree/etc/unibus/node.env' ||
+		fail "the interrupted stage was not finished"
+	# A configuration that is wrong at the start: the unit says so and stays down,
+	# the node's others go on.
+	on 1 'cp /etc/unibus/authcallout.env /etc/unibus/keep && echo UNIBUS_LEASE=1h >>/etc/unibus/authcallout.env && systemctl restart unibus-authcallout' 2>/dev/null || true
+	within 20 on 1 'systemctl show -P ExecMainStatus unibus-authcallout | grep -qx 78'
+	on 1 'systemctl is-failed -q unibus-authcallout' || fail "a wrong configuration is tried again and again"
+	refuses 'not every unit of n1 runs' deploy status
+	on 1 'mv /etc/unibus/keep /etc/unibus/authcallout.env && systemctl start unibus-authcallout'
+	within 60 ctl cluster wait
+	step "refused: swapped rows; finished: an interrupted stage; named: a wrong configuration"
+}
