@@ -35,6 +35,7 @@ var controls = []control{
 	{guard.ConnectRecheck, "test", "TestEnforceRace", true},
 	{guard.Sweep, "test", "TestEnforceAcrossRestarts", true},
 	{guard.Cap, "test", "TestEnforceCap", true},
+	{guard.SweepFirst, "test", "TestEnforceSilentServer", true},
 	{guard.WriterSweep, "test", "TestProof/without_callouts", true},
 	{guard.LowOrderKey, "bus", "TestKeysThatAnyoneCouldSignForAreRefused", false},
 	{guard.RequestSignature, "bus/sig", "TestEveryByteOfARequestIsSigned", false},

@@ -26,6 +26,7 @@ const (
 	Kick               Name = "kick"                 // off: a change closes no connection
 	ConnectRecheck     Name = "connect-recheck"      // off: nobody looks again at a connection that opened beside a change
 	Sweep              Name = "sweep"                // off: sweeps find nothing
+	SweepFirst         Name = "sweep-first"          // off: a server that was cut off admits before its old connections were looked at
 	WriterSweep        Name = "writer-sweep"         // off: who made a change does not ask the servers whether they have closed
 	Cap                Name = "cap"                  // off: a user may hold any number of connections
 	RequestSignature   Name = "request-signature"    // off: the signature of a request is not verified

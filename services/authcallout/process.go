@@ -159,6 +159,7 @@ func (p *process) connect() (err error) {
 	p.audit = kv.OpenAudit(kv.AuditConfig{Conn: p.ctrl, Instance: p.view.Instance(), Log: p.log})
 	p.service, err = callout.New(callout.Config{
 		View: p.view, Keys: p.keys, TTL: p.cfg.ttl, Log: p.log, Metrics: callout.NewMetrics(p.reg), Audit: p.audit, Now: time.Now,
+		Swept: func(node string) bool { return p.enforce.Swept(node) },
 	})
 	if err != nil {
 		return err
@@ -236,7 +237,7 @@ loop:
 		case <-ctx.Done():
 			break loop
 		case held := <-p.leases:
-			p.leaseChanged(held)
+			p.leaseChanged(ctx, held)
 		case err := <-proven:
 			if err != nil {
 				code = fail(p.log, exitConfig, err)
@@ -245,7 +246,7 @@ loop:
 			p.ready.Store(true)
 			p.log.Info("proven: the own server asks this service about strangers and refuses them")
 		case <-tick.C:
-			p.tell()
+			p.tell(ctx)
 		}
 	}
 	_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping)
@@ -258,11 +259,15 @@ loop:
 	return code
 }
 
-func (p *process) leaseChanged(held bool) {
+func (p *process) leaseChanged(ctx context.Context, held bool) {
 	if !held {
 		if !guard.Off(guard.FreshReads) { // that control answers from plain reads, lease or not
 			p.service.Leave()
 		}
+		return
+	}
+	if !p.enforce.SweepOwn(ctx) {
+		p.say("waiting for the own server's list of connections")
 		return
 	}
 	if err := p.service.Join(); err != nil {
@@ -273,14 +278,14 @@ func (p *process) leaseChanged(held bool) {
 
 // tell feeds the watchdog from this living loop and joins again if an earlier
 // try failed.
-func (p *process) tell() {
+func (p *process) tell(ctx context.Context) {
 	_, _ = daemon.SdNotify(false, daemon.SdNotifyWatchdog)
 	_, held := p.view.Lease()
 	switch {
 	case !held:
 		p.say("no lease: " + p.view.Fault())
 	case !p.service.Joined():
-		p.leaseChanged(true)
+		p.leaseChanged(ctx, true)
 	default:
 		p.say("answering")
 	}

@@ -71,6 +71,10 @@ type Config struct {
 	Metrics *Metrics
 	Audit   Auditor // nil: decisions go to log and metrics only
 	Now     func() time.Time
+
+	// Swept reports whether the connections that a node's server has kept are
+	// known; it is answered nothing before. nil: always.
+	Swept func(node string) bool
 }
 
 // source is what decisions rest on: a View, and in tests one that changes its
@@ -264,6 +268,10 @@ func (s *Service) answer(ctx context.Context, j job) {
 		return
 	}
 	s.sawProbe(req.User)
+	if s.cfg.Swept != nil && !s.cfg.Swept(c.serverName) {
+		s.record(j, c, silence("unswept", nil), nil)
+		return
+	}
 	s.decideAndReply(ctx, j, c, req)
 }
 

@@ -561,6 +561,16 @@ func (e *Enforcer) kicksOf(c *connection) (out []*kick) {
 	return out
 }
 
+// kicksAt lists those of a node's server.
+func (e *Enforcer) kicksAt(node string) (out []*kick) {
+	for _, k := range e.kicks {
+		if k.conn.id.server.node == node {
+			out = append(out, k)
+		}
+	}
+	return out
+}
+
 // kicksOfUser lists those of a user, also of connections already forgotten: an
 // acknowledgement of a newer revision counts for the older ones too.
 func (e *Enforcer) kicksOfUser(u bus.UserKey) (out []*kick) {

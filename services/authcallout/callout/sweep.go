@@ -108,6 +108,61 @@ func (e *Enforcer) sweep(ctx context.Context) {
 	}
 }
 
+// SweepOwn reads the list of the instance's own server, closes what must not be
+// open there, and reports whether that is done. An instance that was cut off
+// asks this before it admits anybody again: its server went on with whoever it
+// had.
+func (e *Enforcer) SweepOwn(ctx context.Context) bool {
+	if guard.Off(guard.SweepFirst) {
+		return true
+	}
+	ctx, cancel := context.WithTimeout(ctx, kickPatience)
+	defer cancel()
+	e.begin()
+	lists := sys.List(ctx, e.cfg.Control, []string{e.cfg.Node}, "", e.cfg.Now)
+	done := make(chan kv.Enforced, 1)
+	e.mu.Lock()
+	if _, held := e.view.Lease(); !held {
+		lists.Missing = append(lists.Missing, e.cfg.Node) // it came and went
+	} else {
+		e.judgeAll()
+	}
+	e.take(lists, "")
+	e.settle(e.kicksAt(e.cfg.Node), func(w kv.Enforced) { done <- w })
+	e.unlock()
+	if len(lists.Missing) > 0 {
+		return false
+	}
+	select {
+	case w := <-done:
+		return !w.Unproven
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// Swept reports whether the connections of a node's server have been looked at
+// since it last failed to answer. Until then nobody is admitted there: what it
+// kept open while it was cut off goes first.
+func (e *Enforcer) Swept(node string) bool {
+	if guard.Off(guard.SweepFirst) {
+		return true
+	}
+	e.mu.Lock()
+	defer e.unlock()
+	silent := e.silent[node]
+	for _, s := range e.table.servers {
+		silent = silent || s.silent && s.node == node
+	}
+	for _, k := range e.kicksAt(node) {
+		silent = silent || k.conn.unproven // an earlier try was not answered
+	}
+	if silent {
+		e.sweepBy(e.cfg.Now())
+	}
+	return !silent
+}
+
 // noteSilent keeps count of nodes that did not answer: what they hold is not
 // known, and that is no zero.
 func (e *Enforcer) noteSilent(missing []string) {
