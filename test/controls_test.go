@@ -36,7 +36,7 @@ var controls = []control{
 	{guard.Sweep, "test", "TestEnforceAcrossRestarts", true},
 	{guard.Cap, "test", "TestEnforceCap", true},
 	{guard.SweepFirst, "test", "TestEnforceSilentServer", true},
-	{guard.WriterSweep, "test", "TestProof/without_callouts", true},
+	{guard.WriterSweep, "test", "TestProof/a_paused_server", true},
 	{guard.LowOrderKey, "bus", "TestKeysThatAnyoneCouldSignForAreRefused", false},
 	{guard.RequestSignature, "bus/sig", "TestEveryByteOfARequestIsSigned", false},
 	{guard.Authorize, "services/membership/api", "TestMay", false},

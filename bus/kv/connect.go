@@ -4,7 +4,6 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"os"
-	"regexp"
 	"strings"
 	"time"
 
@@ -77,9 +76,7 @@ func nkeyOption(file string) (nats.Option, error) {
 		return nil, bus.E(bus.Invalid, "%s does not hold a user seed (SU...)", file)
 	}
 	return nats.Nkey(pub, func(nonce []byte) ([]byte, error) {
-		// The other end chooses what is signed. What looks like no nonce of a
-		// server could be a message that the key signs elsewhere.
-		if !nonceForm.Match(nonce) {
+		if !bus.ServerNonce(nonce) {
 			return nil, bus.E(bus.Internal, "the server's nonce has no known form")
 		}
 		kp, err := readSeed(file)
@@ -90,8 +87,6 @@ func nkeyOption(file string) (nats.Option, error) {
 		return kp.Sign(nonce)
 	}), nil
 }
-
-var nonceForm = regexp.MustCompile(`^[A-Za-z0-9_-]{11,64}$`) // as in nats-server
 
 func readSeed(file string) (nkeys.KeyPair, error) {
 	raw, err := os.ReadFile(file)

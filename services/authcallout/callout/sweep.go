@@ -113,7 +113,7 @@ func (e *Enforcer) sweep(ctx context.Context) {
 // asks this before it admits anybody again: its server went on with whoever it
 // had.
 func (e *Enforcer) SweepOwn(ctx context.Context) bool {
-	if guard.Off(guard.SweepFirst) {
+	if guard.Off(guard.SweepFirst) || guard.Off(guard.Sweep) {
 		return true
 	}
 	ctx, cancel := context.WithTimeout(ctx, kickPatience)
