@@ -234,6 +234,9 @@ func sameOverBoth(t *testing.T, ways ...*way) {
 		{0, "would close 0 connections", line("conn kick @alice --dry-run")},
 		{2, "needs --yes", line("conn kick @alice")},
 		{2, "--cid counts on one server", line("conn kick @alice --cid 7 --yes")},
+		{2, "--cid needs the number", line("conn kick @alice --server n1 --cid 0 --yes")},
+		{1, "no server n9", line("conn kick @alice --server n9 --yes")},
+		{1, "no server n9", line("conn list --server n9")},
 		{0, ": servers 3/3", line("conn kick @alice --yes")},
 		{1, "no user nobody", line("conn kick nobody --yes")},
 

@@ -54,6 +54,28 @@ func (s *Store) lists(ctx context.Context, user bus.UserKey) (sys.Lists, error) 
 	return lists, nil
 }
 
+// known refuses a node that neither answered nor holds a bucket: of a name that
+// is misspelt, no connections would read like a proof that there are none.
+func known(lists sys.Lists, node string) error {
+	if node == "" || slices.Contains(lists.Missing, node) {
+		return nil
+	}
+	for _, l := range lists.Whole {
+		if l.Node == node {
+			return nil
+		}
+	}
+	return bus.E(bus.NotFound, "no server %s", node).WithHint("unibusctl cluster status")
+}
+
+// KickDetail is what the audit says was to be closed; empty: all.
+func KickDetail(node string, cid uint64) string {
+	if cid == 0 {
+		return node
+	}
+	return fmt.Sprintf("%s/%d", node, cid)
+}
+
 // Connections lists who is connected to the bus now, by node and connection
 // number, which are given once: whoever stays is found at the same place. A
 // server that does not answer in two seconds is Missing; that is no zero.
@@ -61,6 +83,9 @@ func (s *Store) lists(ctx context.Context, user bus.UserKey) (sys.Lists, error) 
 func (s *Store) Connections(ctx context.Context, q ConnectionQuery) (bus.ConnectionList, error) {
 	lists, err := s.lists(ctx, q.User)
 	if err != nil {
+		return bus.ConnectionList{}, err
+	}
+	if err := known(lists, q.Node); err != nil {
 		return bus.ConnectionList{}, err
 	}
 	out := bus.ConnectionList{Connections: []bus.ConnectionInfo{}, Missing: lists.Missing}
@@ -124,6 +149,9 @@ func (s *Store) Kick(ctx context.Context, q ConnectionQuery) (Result, error) {
 	}
 	lists, err := s.lists(ctx, q.User)
 	if err != nil {
+		return Result{}, err
+	}
+	if err := known(lists, q.Node); err != nil {
 		return Result{}, err
 	}
 	res := Result{Revision: revision, Swept: &Swept{}}

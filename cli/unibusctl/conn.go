@@ -133,7 +133,12 @@ func (a *app) connKick(c *cli.Context) error {
 		return err
 	}
 	server, cid := c.String("server"), c.Uint64("cid")
-	if cid != 0 && server == "" {
+	switch { // what a script left empty must not stand for all
+	case c.IsSet("server") && server == "":
+		return usagef("--server needs the name of a node")
+	case c.IsSet("cid") && cid == 0:
+		return usagef("--cid needs the number of a connection, from 1")
+	case cid != 0 && server == "":
 		return usagef("--cid counts on one server: say --server NODE too")
 	}
 	if c.Bool("dry-run") {

@@ -303,7 +303,7 @@ func (d *direct) Connections(ctx context.Context, q client.ConnectionQuery) (bus
 }
 
 func (d *direct) Kick(ctx context.Context, user, server string, cid uint64) (bus.Change, error) {
-	return d.changeUser(ctx, "connection.kick", user, server, func(k bus.UserKey) (kv.Result, error) {
+	return d.changeUser(ctx, "connection.kick", user, kv.KickDetail(server, cid), func(k bus.UserKey) (kv.Result, error) {
 		return d.store.Kick(ctx, kv.ConnectionQuery{User: k, Node: server, CID: cid})
 	})
 }

@@ -25,7 +25,7 @@ type userConnections struct {
 type kickRequest struct {
 	User   userName `path:"user"`
 	Server nodeName `query:"server" doc:"only those to that node"`
-	CID    uint64   `query:"cid" doc:"only that one"`
+	CID    uint64   `query:"cid" minimum:"1" doc:"only that one"`
 }
 
 // connectionUser resolves whom a request is about. A key that is nobody's may
@@ -86,7 +86,7 @@ func (a *api) kick(c *caller, in *kickRequest) (plan, error) {
 	if in.CID != 0 && in.Server == "" {
 		return plan{}, invalid("cid counts on one server: name it too")
 	}
-	return a.aboutUser(c, in.User, connectionKick, string(in.Server), func(ctx context.Context, s *kv.Store, k bus.UserKey) (kv.Result, error) {
+	return a.aboutUser(c, in.User, connectionKick, kv.KickDetail(string(in.Server), in.CID), func(ctx context.Context, s *kv.Store, k bus.UserKey) (kv.Result, error) {
 		return s.Kick(ctx, kv.ConnectionQuery{User: k, Node: string(in.Server), CID: in.CID})
 	})
 }
