@@ -318,6 +318,16 @@ func (w *world) sdkDeadServer(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.must2(t, conn.Flush(t.Context()))
+	w.addRoom("d-more", p, kv.RoomOptions{}) // the connection that is killed is not the first one
+	cluster.WaitFor(t, 5*time.Second, "the new room", func() error {
+		before := heard.Load()
+		w.must2(t, conn.Publish(t.Context(), "d-more", "x", nil))
+		w.must2(t, conn.Publish(t.Context(), "d-room", "x", nil))
+		if len(conn.Rooms()) != 2 || heard.Load() == before {
+			return fmt.Errorf("rooms %v", conn.Rooms())
+		}
+		return nil
+	})
 	for i := range w.Nodes() {
 		w.Kill(i+1, cluster.NATS)
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)

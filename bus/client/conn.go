@@ -126,7 +126,7 @@ func Dial(ctx context.Context, cfg DialConfig) (*Conn, error) {
 		refresh: make(chan struct{}, 1), again: make(chan struct{}, 1),
 		subs: map[*Subscription]struct{}{}, moved: make(chan struct{}), tell: make(chan func(), 64), status: Disconnected,
 	}
-	first, err := c.open(ctx)
+	first, err := c.open(ctx, "")
 	if err != nil {
 		stop()
 		return nil, err
@@ -148,11 +148,18 @@ type line struct {
 	refused bool // guarded by Conn.mu: the last failure was a refusal
 }
 
-// open makes a line, trying all servers until one lets us in or ctx ends.
-func (c *Conn) open(ctx context.Context) (*line, error) {
+// open makes a line, trying all servers until one lets us in or ctx ends. The
+// first try is the server before, if there was one: what is published to two
+// servers one after the other may arrive in another order.
+func (c *Conn) open(ctx context.Context, before string) (*line, error) {
 	l := &line{}
 	for n := 0; ; n++ {
-		nc, err := nats.Connect(strings.Join(c.cfg.URLs, ","), c.options(l)...)
+		urls, opts := slices.Clone(c.cfg.URLs), c.options(l)
+		if i := slices.Index(urls, before); n == 0 && i >= 0 {
+			urls[0], urls[i] = urls[i], urls[0]
+			opts = append(opts, nats.DontRandomize())
+		}
+		nc, err := nats.Connect(strings.Join(urls, ","), opts...)
 		if err == nil {
 			l.nc = nc
 			// What is told on notice.<U>.> are hints: whoever forges one makes us
@@ -336,12 +343,14 @@ func (c *Conn) renewing(ctx context.Context) {
 func (c *Conn) handOver(ctx context.Context) error {
 	opening, cancel := context.WithTimeout(ctx, handoverTimeout)
 	defer cancel()
-	next, err := c.open(opening)
+	c.mu.Lock()
+	old := c.live
+	c.mu.Unlock()
+	next, err := c.open(opening, old.nc.ConnectedUrl())
 	if err != nil {
 		return err
 	}
 	c.mu.Lock()
-	old := c.live
 	for s := range c.subs {
 		if err = s.prepare(next.nc); err != nil {
 			break
