@@ -66,8 +66,15 @@ func (w *world) live(sys *nats.Conn, p *person) []string {
 // metric sums one metric over all callouts that answer, and over its labels.
 func (w *world) metric(name string) (sum float64) {
 	w.t.Helper()
+	return w.metricOf(cluster.Authcallout, name)
+}
+
+// metricOf sums one metric, or one of its series, over all nodes of a service
+// that answer.
+func (w *world) metricOf(s cluster.Service, name string) (sum float64) {
+	w.t.Helper()
 	for _, i := range w.Nodes() {
-		resp, err := http.Get(w.AdminURL(i, cluster.Authcallout) + "/metrics")
+		resp, err := http.Get(w.AdminURL(i, s) + "/metrics")
 		if err != nil {
 			continue
 		}

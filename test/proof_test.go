@@ -32,6 +32,7 @@ func TestProof(t *testing.T) {
 	}{
 		{"whole", pr.whole},
 		{"a mutation that only widens", pr.widening},
+		{"many", pr.many},
 		{"without callouts", pr.direct},
 		{"a paused server", pr.paused},
 		{"a dead node", pr.dead},
@@ -104,6 +105,46 @@ func (pr *proof) widening(t *testing.T) {
 	}
 	wantOpen(t, cs...)
 }
+
+// many: among 300 connections each of 60 changes closes, and counts, those of its
+// user and no other, and the metrics of the nodes add up to the same.
+func (pr *proof) many(t *testing.T) {
+	const users, revokes, removals = 100, 30, 30
+	pr.addRoom("many", pr.owner, kv.RoomOptions{})
+	people, conns := make([]*person, users), make([][]*wire.Conn, users)
+	for n := range people {
+		people[n] = pr.addUser(fmt.Sprintf("many-%d", n))
+		pr.join("many", people[n], bus.Writer)
+		conns[n] = pr.rawEverywhere(people[n])
+	}
+	closedBefore, provenBefore := pr.counted("unibus_connections_closed_total"), pr.counted(`unibus_proof_duration_seconds_count{change="narrows"}`)
+	for n, p := range people[:revokes+removals] {
+		method, path := "POST", "/v1/users/"+p.name+"/revoke"
+		if n >= revokes {
+			method, path = "DELETE", "/v1/rooms/many/members/"+p.name
+		}
+		got := pr.api(n%3+1, pr.admin).want(t, http.StatusOK, method, path, nil).change(t)
+		if got.Closed != 3 || got.Servers != "3/3" || got.Callouts != "3/3" || !got.Verified {
+			t.Errorf("%s %s: %+v", method, path, got)
+		}
+		wantClosed(t, conns[n]...)
+	}
+	for n, cs := range conns[revokes+removals:] {
+		if lost := closedOf(cs); len(lost) > 0 {
+			t.Errorf("%s, of whom nothing was asked, lost %v", people[revokes+removals+n].name, lost)
+		}
+	}
+	wantOpen(t, pr.kept...)
+	if n := pr.counted("unibus_connections_closed_total") - closedBefore; n != 3*(revokes+removals) {
+		t.Errorf("the nodes count %v connections closed, want %d", n, 3*(revokes+removals))
+	}
+	if n := pr.counted(`unibus_proof_duration_seconds_count{change="narrows"}`) - provenBefore; n != revokes+removals {
+		t.Errorf("the nodes count %v proofs, want %d", n, revokes+removals)
+	}
+}
+
+// counted sums one metric, or one of its series, over the memberships.
+func (pr *proof) counted(name string) (sum float64) { return pr.metricOf(cluster.Membership, name) }
 
 // direct: with every callout dead whoever makes the change closes the
 // connections, those that never had the right excepted.

@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"unibus.internal/bus"
 )
 
 // Collector exposes what Health measured. It does no I/O of its own.
@@ -76,6 +78,9 @@ type metrics struct {
 	limited      *prometheus.CounterVec
 	auditFailed  prometheus.Counter
 	auditDropped prometheus.Counter
+	proofs       *prometheus.HistogramVec
+	unproven     *prometheus.CounterVec
+	closed       prometheus.Counter
 }
 
 // newMetrics registers the metrics of the API; dropped counts what the writer
@@ -104,8 +109,24 @@ func newMetrics(reg prometheus.Registerer, dropped func() uint64) *metrics {
 		auditDropped: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "unibus_audit_suppressed_total", Help: "Denials not recorded because one key caused too many.",
 		}),
+		proofs: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "unibus_proof_duration_seconds", Help: "Time from the write of a change to its proof, for what narrows access (then the servers were asked too) and the rest.",
+			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 15},
+		}, []string{"change"}),
+		unproven: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "unibus_unproven_total", Help: "Changes answered 202: a server did not say that nothing is left (server), or a lease was not over (lease).",
+		}, []string{"why"}),
+		closed: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "unibus_connections_closed_total", Help: "Connections that changes and kicks asked of this node have closed.",
+		}),
 	}
-	reg.MustRegister(m.requests, m.duration, m.refused, m.nonces, m.limited, m.auditFailed, m.auditDropped,
+	for _, change := range []string{changeNarrows, changeOther} { // there at zero, so that the first one is a rise
+		m.proofs.WithLabelValues(change)
+	}
+	for _, why := range []string{whyServer, whyLease} {
+		m.unproven.WithLabelValues(why)
+	}
+	reg.MustRegister(m.requests, m.duration, m.refused, m.nonces, m.limited, m.auditFailed, m.auditDropped, m.proofs, m.unproven, m.closed,
 		prometheus.NewCounterFunc(prometheus.CounterOpts{
 			Name: "unibus_audit_dropped_total", Help: "Entries that the audit's writer had to drop.",
 		}, func() float64 { return float64(dropped()) }))
@@ -116,6 +137,32 @@ func (m *metrics) observe(route, method string, status int, took time.Duration) 
 	method = methodLabel(method)
 	m.requests.WithLabelValues(route, method, strconv.Itoa(status)).Inc()
 	m.duration.WithLabelValues(route, method).Observe(took.Seconds())
+}
+
+// The values of the labels of proofs and of what is unproven.
+const (
+	changeNarrows = "narrows"
+	changeOther   = "other"
+	whyServer     = "server"
+	whyLease      = "lease"
+)
+
+// proof counts what came of a committed change. The time of one that is not
+// proven is that of nothing, and is not observed; a kick commits nothing, and
+// takes no time to prove.
+func (m *metrics) proof(c bus.Change, took time.Duration) {
+	m.closed.Add(float64(c.Closed))
+	switch {
+	case c.Verified && c.Revision == 0:
+	case c.Verified && c.Servers != "":
+		m.proofs.WithLabelValues(changeNarrows).Observe(took.Seconds())
+	case c.Verified:
+		m.proofs.WithLabelValues(changeOther).Observe(took.Seconds())
+	case len(c.Unproven) > 0:
+		m.unproven.WithLabelValues(whyServer).Inc()
+	default:
+		m.unproven.WithLabelValues(whyLease).Inc()
+	}
 }
 
 // methodLabel keeps made-up methods out of the labels.

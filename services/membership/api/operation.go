@@ -124,12 +124,13 @@ type effect struct {
 	already  bool
 	verified bool
 	revision uint64
+	took     time.Duration // from the write to the proof
 }
 
 // changed is the effect of most changes.
 func changed(res kv.Result, err error) (effect, error) {
 	c, err := kv.ChangeOf(res, err)
-	return effect{body: c, already: c.Already, verified: c.Verified, revision: c.Revision}, err
+	return effect{body: c, already: c.Already, verified: c.Verified, revision: c.Revision, took: res.Elapsed}, err
 }
 
 // change makes an operation that writes. made is the status if something new

@@ -58,6 +58,9 @@ func (t *trail) attempt(ctx context.Context, e bus.AuditEntry) error {
 
 // outcome says what came of an attempt.
 func (t *trail) outcome(e bus.AuditEntry, done effect, err error) {
+	if c, ok := done.body.(bus.Change); ok && err == nil {
+		t.metrics.proof(c, done.took)
+	}
 	e.Kind, e.At, e.Revision = bus.AuditOutcome, t.now().UTC().Truncate(time.Millisecond), done.revision
 	e.Code = bus.CodeOf(err)
 	switch e.Code {
