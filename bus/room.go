@@ -94,7 +94,8 @@ const MaxDescription = 200
 // terminals, where control bytes would move the cursor.
 func ParseDescription(s string) (string, error) {
 	if !utf8.ValidString(s) || utf8.RuneCountInString(s) > MaxDescription || strings.ContainsFunc(s, func(r rune) bool { return !unicode.IsPrint(r) }) {
-		return "", E(Invalid, "description %s is refused: a description is one line of at most %d printable characters", quoted(s), MaxDescription)
+		// It may be anything that was pasted, so it is not repeated.
+		return "", E(Invalid, "a description is one line of at most %d printable characters", MaxDescription)
 	}
 	return s, nil
 }
