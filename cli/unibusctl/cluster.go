@@ -46,6 +46,8 @@ func (a *app) clusterCommand() *cli.Command {
 				Action: a.clusterWait,
 			},
 			a.clusterForgetCommand(),
+			a.clusterGateCommand(),
+			a.clusterRolloutCommand(),
 		},
 	}
 }

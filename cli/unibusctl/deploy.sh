@@ -226,12 +226,38 @@ report() {
 		old=no
 		if [ "$pid" != 0 ]; then
 			case $(readlink "/proc/$pid/exe") in *' (deleted)') old=program ;; esac
-			began=$(systemctl show --timestamp=unix -P ExecMainStartTimestamp "unibus-$unit.service")
+			# By content, not by time: a file that was rolled back is the one it runs
+			# with. A setting of systemctl edit is in no file of ours.
 			env=/etc/unibus/$unit.env
-			[ ! -f "$env" ] || [ "$(stat -c %Z "$env")" -le "${began#@}" ] || old=environment
+			has=$(tr '\0' '\n' <"/proc/$pid/environ" 2>/dev/null || true)
+			[ ! -f "$env" ] || grep '^[A-Z]' "$env" | (while IFS= read -r line; do
+				echo "$has" | grep -qxF -e "$line" || exit 1
+			done) || old=environment
 		fi
 		echo "unit $unit $(systemctl show -P ActiveState "unibus-$unit.service") $old $(systemctl show -P NRestarts "unibus-$unit.service") $(systemctl show -P StatusText "unibus-$unit.service")"
 	done
+}
+
+# digest: of the server's configuration on disk; it fails if the server would
+# not take it.
+digest() {
+	said=$(/usr/lib/unibus/nats-server -t -c /etc/unibus/nats/nats-server.conf 2>&1) || fault "nats-server refuses the configuration on disk: $(echo "$said" | tail -n 1)"
+	echo "config $(echo "$said" | grep -o '[0-9a-f]\{64\}' | head -n 1)"
+}
+
+# restart UNIT...: systemd stops them in their order, and waits for it.
+restart() {
+	[ ! -e "$base/unfinished" ] || fault "a stage was interrupted here: stage again, or roll back"
+	digest
+	systemctl restart "$@" || fault "did not start: $(journalctl -q -n 1 -o cat -u "$1")"
+	report
+}
+
+# reload: a configuration that the server refuses is found by the first
+# ExecReload of the unit; one that it cannot change while it runs is not.
+reload() {
+	digest
+	systemctl reload unibus-nats.service || fault "nats-server does not reload: $(journalctl -q -n 1 -o cat -u unibus-nats)"
 }
 
 # One call, read to its end before anything runs: a connection that breaks while

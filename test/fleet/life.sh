@@ -71,6 +71,7 @@ life() {
 	step "first admin, a user, a room; she talks over every node"
 
 	staging_leaves_alone
+	rollouts
 	stops
 	planted_after
 	for n in 1 2 3; do on "$n" 'systemctl is-active neighbour' >/dev/null || fail "another service of n$n was disturbed"; done
@@ -130,9 +131,78 @@ staging_leaves_alone() {
 	deploy rollback --node n1 --yes >/dev/null 2>&1
 	[[ $(on 1 'cat /etc/unibus/membership.env') == "$conf" ]] || fail "the rollback did not bring the old file back"
 	cp "$work/nodes.old" "$work/nodes.env"
+	! deploy status --node n1 | grep -q environment || fail "after the rollback status sees another environment"
 	deploy plan --node n1 2>/dev/null | grep -qx 'n1: nothing differs' || fail "after the rollback something differs"
 	step "a stage on a running node restarted nothing, and was rolled back"
 }
+
+rollout() {
+	local verb=$1
+	shift
+	ctl cluster rollout "$verb" --inventory "$work/nodes.env" --sys-seed "$work/secrets/sys.nk" --ssh-config "$work/ssh_config" "$@"
+}
+
+# began_all UNIT: when its process started, on each node.
+began_all() { for n in 1 2 3; do started "$n" "$1"; done; }
+
+# One node at a time, behind the gate, under the eyes of a client that stays.
+rollouts() {
+	local before after lines
+	ctl cluster gate --inventory "$work/nodes.env" --sys-seed "$work/secrets/sys.nk" >/dev/null || fail "the gate is closed"
+	operator env -i HOME="$work" "$bin/nats" --server "$nats" --tlsca "$work/pki/client-ca.crt" --nkey "$work/alice.nk" \
+		--inbox-prefix "_INBOX_$alice" sub 'room.ops.>' >"$work/heard" 2>&1 &
+	listener=$!
+
+	# Nothing is due: nothing is done. A plan does nothing either.
+	[[ $(rollout upgrade --json 2>/dev/null | grep -c '"units": \[\]') == 3 ]] || fail "an upgrade finds something to restart"
+	sed -i 's/^ROUTE_NETWORK.*/&\nAPI_AUTHORITIES=bus.fleet.test/' "$work/nodes.env"
+	deploy stage --yes >/dev/null 2>&1
+	before=$(began_all unibus-nats)
+	# Not while another node is down, whichever it is.
+	on 3 'sudo systemctl stop unibus-membership'
+	lines=$(began_all unibus-membership)
+	refuses 'n3 may not serve' rollout upgrade --yes --timeout 5s
+	[[ $(began_all unibus-membership) == "$lines" ]] || fail "a rollout touched a node while another was down"
+	on 3 'sudo systemctl start unibus-membership'
+	within 60 ctl cluster wait
+	# A node that does not come back ends it before the next is touched.
+	on 2 'cp -p /etc/unibus/membership.env /etc/unibus/keep && echo UNIBUS_LEASE=1h >>/etc/unibus/membership.env'
+	after=$(started 3 unibus-membership)
+	refuses 'the rollout stopped at n2' rollout upgrade --yes --timeout 30s
+	[[ $(started 3 unibus-membership) == "$after" ]] || fail "n3 was touched after n2 had failed"
+	on 2 'mv /etc/unibus/keep /etc/unibus/membership.env'
+	# The same line goes on: n1 and n3 are current by now.
+	rollout upgrade --yes >"$work/plan" 2>/dev/null || fail "the rollout does not go on: $(<"$work/plan")"
+	grep -qE '^n1 +nothing: it is current' "$work/plan" || fail "what is current was restarted: $(<"$work/plan")"
+	[[ $(rollout upgrade --json 2>/dev/null | grep -c '"units": \[\]') == 3 ]] || fail "after an upgrade something is due"
+	[[ $(began_all unibus-nats) == "$before" ]] || fail "a new environment of membership restarted nats-server"
+	step "rolling upgrade: refused with a node down, stopped at one that did not come back, resumed"
+
+	# A reload reaches every server; one that is refused is found out.
+	for n in 1 2 3; do on "$n" "$([[ $n == 3 ]] && echo sudo) sh -c 'echo \"max_connections: 9000\" >>/etc/unibus/nats/conf.d/local.conf'"; done
+	rollout reload --yes >/dev/null 2>&1 || fail "the rolling reload failed"
+	[[ $(rollout reload --json 2>/dev/null | grep -c '"units": \[\]') == 3 ]] || fail "after a reload something is due"
+	[[ $(began_all unibus-nats) == "$before" ]] || fail "a reload restarted nats-server"
+	on 1 'cp -p /etc/unibus/nats/conf.d/local.conf /etc/unibus/keep; echo "max_conections: 1" >>/etc/unibus/nats/conf.d/local.conf'
+	refuses 'refuses the configuration on disk' rollout reload --yes
+	on 1 'cp -p /etc/unibus/keep /etc/unibus/nats/conf.d/local.conf; echo "server_name: n9" >>/etc/unibus/nats/conf.d/local.conf'
+	refuses 'goes on with its old configuration' rollout reload --yes
+	on 1 'mv /etc/unibus/keep /etc/unibus/nats/conf.d/local.conf'
+	step "rolling reload: proven on every server; a wrong and a refused one named"
+
+	if [[ -n ${FLEET_FULL:-} ]]; then
+		rollout restart --yes 2>&1 | sed 's/^/        /'
+		step "rolling restart of everything"
+	fi
+	within 30 alice_talks 2
+	kill -0 "$listener" || fail "the listening client is gone: $(tail -n 3 "$work/heard")"
+	lines=$(grep -c Received "$work/heard" || true)
+	within 30 alice_talks 1
+	within 10 heard_more "$lines"
+	kill "$listener"
+	step "a client that listened all the while still hears"
+}
+heard_more() { (($(grep -c Received "$work/heard") > $1)); }
 
 # One node down: all goes on. Two: nobody new is admitted. Back: all serve.
 stops() {
