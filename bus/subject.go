@@ -41,11 +41,10 @@ func InboxSubscribe(user UserKey) string { return InboxPrefix(user) + ".>" }
 // their own access.
 func NoticeSubscribe(user UserKey) string { return "notice." + user.NKey() + ".>" }
 
-// NoticeAdded is the last token of a notice of access gained.
-const NoticeAdded = "added"
-
 // NoticeSubject is where services tell a user of one kind of event.
-func NoticeSubject(user UserKey, kind string) string { return "notice." + user.NKey() + "." + kind }
+func NoticeSubject(user UserKey, kind NoticeKind) string {
+	return "notice." + user.NKey() + "." + string(kind)
+}
 
 // ParseTopic checks the free part of a room subject: 1 to 16 tokens of 1 to 64
 // characters a-z A-Z 0-9 _ - each.

@@ -87,6 +87,7 @@ type enforcedView interface {
 	Lease() (until time.Time, held bool)
 	Complete() bool
 	Holders() []kv.Holder
+	Room(id bus.RoomID) (bus.Room, uint64, bool)
 }
 
 // NewEnforcer prepares an Enforcer. Changed is to be the View's OnChange; Watch
@@ -360,6 +361,7 @@ func (e *Enforcer) judge(u *session, why string) {
 	}
 	before := u.judged
 	u.judged = a
+	e.narrow(u, before, a)
 	for _, c := range u.open {
 		switch {
 		case c.kick != nil, c.admitted == a && out.allow:

@@ -144,6 +144,7 @@ func (r *ruling) NarrowedSince(bus.UserKey, time.Time) bool { return r.narrowed 
 func (r *ruling) Lease() (time.Time, bool)                  { return time.Time{}, r.lease }
 func (r *ruling) Complete() bool                            { return !r.partial }
 func (r *ruling) Holders() []kv.Holder                      { return nil }
+func (r *ruling) Room(bus.RoomID) (bus.Room, uint64, bool)  { return bus.Room{}, 0, false }
 
 // warden is an Enforcer on a ruling, with one user who is in room ops, and what
 // it has asked of servers.

@@ -2,12 +2,10 @@ package callout
 
 import (
 	"context"
-	"encoding/json"
 	"maps"
 	"slices"
 	"time"
 
-	"unibus.internal/bus"
 	"unibus.internal/bus/guard"
 	"unibus.internal/bus/kv"
 	"unibus.internal/bus/sys"
@@ -342,78 +340,4 @@ func (e *Enforcer) learnPeers(ctx context.Context) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.peers, e.asked = peers, e.cfg.Now()
-}
-
-// widen tells a user what they gained since they were last judged, and hints to
-// the clients of connections that know less: the next connect brings it. Only
-// one instance does so for each server.
-func (e *Enforcer) widen(u *session, before, a *kv.Access) {
-	if a == nil || before == nil || before == a || !decide(a, nil, e.cfg.Now()).allow {
-		return
-	}
-	told := false
-	for _, c := range u.open {
-		if c.kick != nil || c.admitted == nil || len(gains(c.admitted, a)) == 0 || !e.speaksFor(c.id.server.node) {
-			continue
-		}
-		if !told {
-			told = true
-			e.notify(u.key, before, a)
-		}
-		e.run = append(e.run, func() { e.hint(c) })
-	}
-}
-
-// speaksFor reports whether hints to connections of a node are this instance's
-// to give: its own node's, and as the first of all those of a node without one.
-func (e *Enforcer) speaksFor(node string) bool {
-	return node == e.cfg.Node || speaker(node, e.view.Holders()) == e.cfg.Node
-}
-
-// speaker is the node whose callout gives the hints of a node.
-func speaker(node string, holders []kv.Holder) string {
-	first := ""
-	for _, h := range holders {
-		if h.Service != "authcallout" {
-			continue
-		}
-		if h.Node == node {
-			return node
-		}
-		if first == "" || h.Node < first {
-			first = h.Node
-		}
-	}
-	return first
-}
-
-// hint lets one client know that it would do well to connect again.
-func (e *Enforcer) hint(c *connection) {
-	subject, body := sys.HintRequest(c.id.server.id, c.id.cid)
-	if err := e.send(subject, e.inbox+".0", body); err != nil {
-		e.cfg.Log.Warn("a hint was not sent", "err", err)
-	}
-}
-
-// notice is what a user is told of their own access, on notice.<U>.added. It is
-// a hint: it grants nothing, and nothing relies on its arrival.
-type notice struct {
-	V       int          `json:"v"`
-	Room    bus.RoomID   `json:"room"`
-	Role    bus.RoomRole `json:"role"`
-	Durable bool         `json:"durable"`
-}
-
-func (e *Enforcer) notify(k bus.UserKey, before, a *kv.Access) {
-	if e.cfg.Notices == nil {
-		return
-	}
-	for _, g := range gains(before, a) {
-		body, _ := json.Marshal(notice{V: 1, Room: g.Room, Role: g.Role, Durable: g.Durable})
-		e.run = append(e.run, func() {
-			if err := e.cfg.Notices.Publish(bus.NoticeSubject(k, bus.NoticeAdded), body); err != nil {
-				e.cfg.Log.Warn("a notice was not sent", "err", err)
-			}
-		})
-	}
 }

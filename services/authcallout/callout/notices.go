@@ -1,0 +1,130 @@
+package callout
+
+import (
+	"encoding/json"
+
+	"unibus.internal/bus"
+	"unibus.internal/bus/kv"
+	"unibus.internal/bus/sys"
+)
+
+// widen hints to the clients of connections that may do less than their user
+// that the next connect brings more, and tells the user what it is. Only one
+// instance does so for each server.
+func (e *Enforcer) widen(u *session, before, a *kv.Access) {
+	if a == nil || before == nil || before == a || !decide(a, nil, e.cfg.Now()).allow {
+		return
+	}
+	told := false
+	for _, c := range u.open {
+		if c.kick != nil || c.admitted == nil || len(gains(c.admitted, a)) == 0 || !e.speaksFor(c.id.server.node) {
+			continue
+		}
+		if !told {
+			told = true
+			e.notify(u.key, append(noticesOf(before, a, e.archived), notice{bus.NoticeReauthenticate, bus.Notice{V: 1}}))
+		}
+		e.run = append(e.run, func() { e.hint(c) })
+	}
+}
+
+// speaksFor reports whether hints to connections of a node are this instance's
+// to give: its own node's, and as the first of all those of a node without one.
+func (e *Enforcer) speaksFor(node string) bool {
+	return node == e.cfg.Node || speaker(node, e.view.Holders()) == e.cfg.Node
+}
+
+// speaker is the node whose callout gives the hints of a node.
+func speaker(node string, holders []kv.Holder) string {
+	first := ""
+	for _, h := range holders {
+		if h.Service != "authcallout" {
+			continue
+		}
+		if h.Node == node {
+			return node
+		}
+		if first == "" || h.Node < first {
+			first = h.Node
+		}
+	}
+	return first
+}
+
+// hint lets one client know that it would do well to connect again.
+func (e *Enforcer) hint(c *connection) {
+	subject, body := sys.HintRequest(c.id.server.id, c.id.cid)
+	if err := e.send(subject, e.inbox+".0", body); err != nil {
+		e.cfg.Log.Warn("a hint was not sent", "err", err)
+	}
+}
+
+// narrow tells a user what they have lost. It may come too late: the connection
+// that hears of it is about to be closed.
+func (e *Enforcer) narrow(u *session, before, a *kv.Access) {
+	if a == nil || before == nil || before == a || len(gains(a, before)) == 0 || !decide(a, nil, e.cfg.Now()).allow {
+		return
+	}
+	for _, c := range u.open {
+		if e.speaksFor(c.id.server.node) {
+			e.notify(u.key, noticesOf(before, a, e.archived))
+			return
+		}
+	}
+}
+
+func (e *Enforcer) archived(id bus.RoomID) bool {
+	r, _, ok := e.view.Room(id)
+	return ok && r.Status == bus.RoomArchived
+}
+
+type notice struct {
+	kind bus.NoticeKind
+	body bus.Notice
+}
+
+// noticesOf lists what differs between two accesses of a user, by room. It is
+// pure but for what it asks of the room. Both lists are sorted by room.
+func noticesOf(before, after *kv.Access, archived func(bus.RoomID) bool) (out []notice) {
+	was := map[bus.RoomID]kv.Grant{}
+	for _, g := range before.Rooms {
+		was[g.Room] = g
+	}
+	for _, g := range after.Rooms {
+		old, there := was[g.Room]
+		delete(was, g.Room)
+		kind := bus.NoticeRole
+		switch {
+		case !there:
+			kind = bus.NoticeAdded
+		case old.Role == g.Role:
+			continue
+		}
+		out = append(out, notice{kind, bus.Notice{V: 1, Room: g.Room, Role: g.Role, Durable: g.Durable}})
+	}
+	for _, g := range before.Rooms {
+		if _, lost := was[g.Room]; !lost {
+			continue
+		}
+		kind := bus.NoticeRemoved
+		if archived(g.Room) {
+			kind = bus.NoticeArchived
+		}
+		out = append(out, notice{kind, bus.Notice{V: 1, Room: g.Room}})
+	}
+	return out
+}
+
+func (e *Enforcer) notify(k bus.UserKey, notices []notice) {
+	if e.cfg.Notices == nil {
+		return
+	}
+	for _, n := range notices {
+		body, _ := json.Marshal(n.body)
+		e.run = append(e.run, func() {
+			if err := e.cfg.Notices.Publish(bus.NoticeSubject(k, n.kind), body); err != nil {
+				e.cfg.Log.Warn("a notice was not sent", "err", err)
+			}
+		})
+	}
+}

@@ -1,0 +1,42 @@
+package callout
+
+import (
+	"encoding/json"
+	"slices"
+	"testing"
+
+	"unibus.internal/bus"
+	"unibus.internal/bus/kv"
+)
+
+func TestNoticesSayWhatDiffers(t *testing.T) {
+	access := func(rooms ...kv.Grant) *kv.Access { return &kv.Access{Rooms: rooms} }
+	g := func(room bus.RoomID, role bus.RoomRole, durable bool) kv.Grant {
+		return kv.Grant{Room: room, Role: role, Durable: durable}
+	}
+	archived := func(id bus.RoomID) bool { return id == "old" }
+	for _, tt := range []struct {
+		name          string
+		before, after *kv.Access
+		want          []string
+	}{
+		{"nothing", access(g("ops", bus.Writer, false)), access(g("ops", bus.Writer, false)), nil},
+		{"added", access(g("ops", bus.Writer, false)), access(g("log", bus.Reader, true), g("ops", bus.Writer, false)), []string{`added {"v":1,"room":"log","role":"reader","durable":true}`}},
+		{"role", access(g("ops", bus.Writer, false)), access(g("ops", bus.Reader, false)), []string{`role {"v":1,"room":"ops","role":"reader"}`}},
+		{"removed", access(g("dev", bus.Owner, false), g("ops", bus.Writer, false)), access(g("ops", bus.Writer, false)), []string{`removed {"v":1,"room":"dev"}`}},
+		{"archived", access(g("old", bus.Owner, true)), access(), []string{`archived {"v":1,"room":"old"}`}},
+		{"all at once", access(g("old", bus.Owner, false), g("ops", bus.Reader, false)), access(g("new", bus.Owner, false), g("ops", bus.Owner, false)), []string{
+			`added {"v":1,"room":"new","role":"owner"}`, `role {"v":1,"room":"ops","role":"owner"}`, `archived {"v":1,"room":"old"}`,
+		}},
+	} {
+		var got []string
+		for _, n := range noticesOf(tt.before, tt.after, archived) {
+			body, err := json.Marshal(n.body)
+			must(t, err)
+			got = append(got, string(n.kind)+" "+string(body))
+		}
+		if !slices.Equal(got, tt.want) {
+			t.Errorf("%s: %q, want %q", tt.name, got, tt.want)
+		}
+	}
+}
