@@ -20,6 +20,6 @@ const (
 type Notice struct {
 	V       int      `json:"v"`
 	Room    RoomID   `json:"room,omitempty"`
-	Role    RoomRole `json:"role,omitempty"`    // the new one; none if removed or archived
-	Durable bool     `json:"durable,omitempty"` // the room keeps its messages
+	Role    RoomRole `json:"role,omitempty"` // the new one; none if removed or archived
+	Durable bool     `json:"durable"`        // the room keeps its messages
 }

@@ -22,11 +22,11 @@ func TestNoticesSayWhatDiffers(t *testing.T) {
 	}{
 		{"nothing", access(g("ops", bus.Writer, false)), access(g("ops", bus.Writer, false)), nil},
 		{"added", access(g("ops", bus.Writer, false)), access(g("log", bus.Reader, true), g("ops", bus.Writer, false)), []string{`added {"v":1,"room":"log","role":"reader","durable":true}`}},
-		{"role", access(g("ops", bus.Writer, false)), access(g("ops", bus.Reader, false)), []string{`role {"v":1,"room":"ops","role":"reader"}`}},
-		{"removed", access(g("dev", bus.Owner, false), g("ops", bus.Writer, false)), access(g("ops", bus.Writer, false)), []string{`removed {"v":1,"room":"dev"}`}},
-		{"archived", access(g("old", bus.Owner, true)), access(), []string{`archived {"v":1,"room":"old"}`}},
+		{"role", access(g("ops", bus.Writer, false)), access(g("ops", bus.Reader, false)), []string{`role {"v":1,"room":"ops","role":"reader","durable":false}`}},
+		{"removed", access(g("dev", bus.Owner, false), g("ops", bus.Writer, false)), access(g("ops", bus.Writer, false)), []string{`removed {"v":1,"room":"dev","durable":false}`}},
+		{"archived", access(g("old", bus.Owner, true)), access(), []string{`archived {"v":1,"room":"old","durable":false}`}},
 		{"all at once", access(g("old", bus.Owner, false), g("ops", bus.Reader, false)), access(g("new", bus.Owner, false), g("ops", bus.Owner, false)), []string{
-			`added {"v":1,"room":"new","role":"owner"}`, `role {"v":1,"room":"ops","role":"owner"}`, `archived {"v":1,"room":"old"}`,
+			`added {"v":1,"room":"new","role":"owner","durable":false}`, `role {"v":1,"room":"ops","role":"owner","durable":false}`, `archived {"v":1,"room":"old","durable":false}`,
 		}},
 	} {
 		var got []string
