@@ -45,6 +45,7 @@ func (a *app) clusterCommand() *cli.Command {
 				Flags:  []cli.Flag{&cli.IntFlag{Name: "nodes", Usage: "how many nodes are enough; default: all"}},
 				Action: a.clusterWait,
 			},
+			a.clusterReloadCommand(),
 			a.clusterForgetCommand(),
 			a.clusterGateCommand(),
 			a.clusterRolloutCommand(),

@@ -28,11 +28,23 @@ func (a *app) clusterForgetCommand() *cli.Command {
 			"node only when it is certain that it does not run. Two nodes are left, and the loss of one more stops\n" +
 			"the bus, until a node of that name, or another one, has joined with an EMPTY store directory.\n\n" +
 			"   unibusctl cluster forget n3 --sys-seed secrets/sys.nk",
-		Flags: []cli.Flag{
-			&cli.StringFlag{Name: "sys-seed", TakesFile: true, EnvVars: []string{"UNIBUS_SYS_SEED"}, Usage: "`FILE` of the sys nkey; default: sys.nk beside the ops seed"},
-		},
+		Flags:  []cli.Flag{a.sysSeedFlag()},
 		Action: a.clusterForget,
 	}
+}
+
+func (a *app) sysSeedFlag() cli.Flag {
+	return &cli.StringFlag{Name: "sys-seed", TakesFile: true, EnvVars: []string{"UNIBUS_SYS_SEED"}, Usage: "`FILE` of the sys nkey; default: sys.nk beside the ops seed"}
+}
+
+func (a *app) sysSeedOf(c *cli.Context) (string, error) {
+	if seed := c.String("sys-seed"); seed != "" {
+		return seed, nil
+	}
+	if a.set.opsSeed == "" {
+		return "", &usageError{msg: "only the sys key may do this: set --sys-seed FILE or UNIBUS_SYS_SEED", hint: "unibusctl env"}
+	}
+	return filepath.Join(filepath.Dir(a.set.opsSeed), "sys.nk"), nil
 }
 
 func (a *app) clusterForget(c *cli.Context) error {
@@ -40,15 +52,13 @@ func (a *app) clusterForget(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	node, seed := arg[0], c.String("sys-seed")
+	node := arg[0]
 	if !nodeNamePattern.MatchString(node) {
 		return bus.E(bus.Invalid, "%s is no name of a node", quote(node))
 	}
-	if seed == "" && a.set.opsSeed != "" {
-		seed = filepath.Join(filepath.Dir(a.set.opsSeed), "sys.nk")
-	}
-	if seed == "" {
-		return &usageError{msg: "only the sys key may do this: set --sys-seed FILE or UNIBUS_SYS_SEED", hint: "unibusctl env"}
+	seed, err := a.sysSeedOf(c)
+	if err != nil {
+		return err
 	}
 	ctx, cancel := a.within(c.Context, forgetWithin)
 	defer cancel()
