@@ -2,6 +2,7 @@ package test
 
 import (
 	"encoding/json"
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
+	"github.com/nats-io/nkeys"
 
 	"unibus.internal/test/cluster"
 )
@@ -210,6 +212,139 @@ func TestDoctor(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestDoctorServers plants in n3 what an operator's hand could do to a server's
+// configuration and certificates, one after the other, and has the doctor name
+// each.
+func TestDoctorServers(t *testing.T) {
+	if !full {
+		t.Skip("restarts a server for each fault: make chaos")
+	}
+	w := newWorld(t, cluster.Options{Controls: true})
+	usual := []string{"--inventory", w.Inventory(), "--sys-seed", w.Seed("sys")}
+	if d := visit(t, w.In(t), usual...); d.Code != 0 {
+		t.Fatalf("a healthy cluster: %s", strings.Join(d.bad(), "\n"))
+	}
+	etc := func(name string) string { return filepath.Join(w.Etc(3), filepath.FromSlash(name)) }
+	read := func(t *testing.T, name string) string {
+		t.Helper()
+		data, err := os.ReadFile(etc(name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(data)
+	}
+	write := func(t *testing.T, name, content string) {
+		t.Helper()
+		if err := os.WriteFile(etc(name), []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// edited restarts the server of n3 with a changed file, and mends that.
+	edited := func(t *testing.T, name, old, new string, more ...cluster.Service) {
+		t.Helper()
+		before := read(t, name)
+		after := strings.Replace(before, old, new, 1)
+		if old == "" {
+			after = before + "\n" + new + "\n"
+		}
+		if after == before {
+			t.Fatalf("%s has no %q", name, old)
+		}
+		again := append([]cluster.Service{cluster.NATS}, more...)
+		write(t, name, after)
+		w.In(t).Term(3, again...)
+		w.In(t).StartNode(3, again...)
+		t.Cleanup(func() {
+			write(t, name, before)
+			w.Term(3, again...)
+			w.StartNode(3, again...)
+			w.WaitHealthy(time.Minute)
+		})
+		cluster.WaitFor(t, 30*time.Second, "the server to answer", func() error {
+			conn, err := net.Dial("tcp", strings.TrimPrefix(w.NATSURL(3), "tls://"))
+			if err == nil {
+				_ = conn.Close()
+			}
+			return err
+		})
+	}
+	for _, f := range []struct {
+		name         string
+		plant        func(t *testing.T)
+		check, words string
+	}{
+		{"websocket listener", func(t *testing.T) {
+			edited(t, "nats/conf.d/local.conf", "", fmt.Sprintf("websocket { listen: \"127.0.0.1:%d\", no_tls: true }", freePort(t)))
+		}, "listeners", "websocket listener"},
+		{"leafnode listener", func(t *testing.T) {
+			edited(t, "nats/conf.d/local.conf", "", fmt.Sprintf("leafnodes { listen: \"127.0.0.1:%d\" }", freePort(t)))
+		}, "listeners", "leafnode listener"},
+		{"monitor on 0.0.0.0", func(t *testing.T) {
+			edited(t, "nats/node.conf", `http: "127.0.0.1:`, `http: "0.0.0.0:`)
+		}, "listeners", "the monitor is bound to"},
+		{"no_auth_user", func(t *testing.T) {
+			edited(t, "nats/conf.d/local.conf", "", fmt.Sprintf("no_auth_user: %q", publicKeyOf(t, w.Seed("authcallout-bus"))))
+		}, "deny.anonymous", "ADMITTED"},
+		{"writes are not synced", func(t *testing.T) {
+			edited(t, "nats/conf.d/jetstream.conf", "sync_interval: always", `sync_interval: "2m"`)
+		}, "durability", "sync_interval"},
+		{"certificate of another CA", func(t *testing.T) {
+			edited(t, "nats/node.conf", `tls/server.crt"`, `tls/route.crt"`)
+		}, "nats.tls", ""},
+		{"clock off", func(t *testing.T) {
+			w.SetEnv(3, cluster.Membership, "UNIBUS_CLOCK_SKEW", "5s")
+			w.In(t).Term(3, cluster.Membership)
+			w.In(t).StartNode(3, cluster.Membership)
+			t.Cleanup(func() {
+				w.SetEnv(3, cluster.Membership, "UNIBUS_CLOCK_SKEW", "0s")
+				w.Term(3, cluster.Membership)
+				w.StartNode(3, cluster.Membership)
+				w.WaitHealthy(time.Minute)
+			})
+			hold(t.Context(), 3*time.Second) // it finds out with its first barrier
+		}, "clock", "disagree"},
+	} {
+		t.Run(f.name, func(t *testing.T) {
+			f.plant(t)
+			d := visit(t, w.In(t), usual...)
+			if d.Code == 0 || !d.names("n3", f.check, f.words) {
+				t.Errorf("not named: exit %d\n%s", d.Code, strings.Join(d.bad(), "\n"))
+			}
+		})
+	}
+	if d := visit(t, w.In(t), usual...); d.Code != 0 {
+		t.Errorf("after all was mended: %s", strings.Join(d.bad(), "\n"))
+	}
+}
+
+// freePort is one that nobody listens on.
+func freePort(t *testing.T) int {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = l.Close() }()
+	return l.Addr().(*net.TCPAddr).Port
+}
+
+func publicKeyOf(t *testing.T, seedFile string) string {
+	t.Helper()
+	seed, err := os.ReadFile(seedFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	kp, err := nkeys.FromSeed([]byte(strings.TrimSpace(string(seed))))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pub, err := kp.PublicKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pub
 }
 
 // plainListener greets in clear, as a route port without TLS does. The stock

@@ -1,8 +1,28 @@
-// Package client is how a Go program manages a unibus over HTTPS: users,
-// invites, rooms, members and the audit, with signed requests, from any
-// machine that reaches one of the nodes.
+// Package client is how a Go program uses a unibus, and manages it.
+//
+// # On the bus
+//
+// Dial connects a user to the bus. The connection keeps itself up, follows what
+// its user may do, and publishes and subscribes in rooms:
 //
 //	id, err := sig.ParseIdentity(seed) // one line SU..., as unibusctl identity new wrote it
+//	conn, err := client.Dial(ctx, client.DialConfig{
+//		URLs:     []string{"tls://n1.example.org:4250", "tls://n2.example.org:4250"},
+//		TLS:      tlsConfig, // trusts the client CA of the cluster
+//		Identity: id,
+//	})
+//	defer conn.Close()
+//	_, err = conn.Subscribe("ops", func(m client.Message) { fmt.Println(m.Sender, m.Topic, string(m.Data)) })
+//	err = conn.Publish(ctx, "ops", "disk", []byte("full"))
+//
+// Messages of rooms are delivered at most once, to who is connected: see Conn
+// for what that means when a server dies.
+//
+// # Over HTTPS
+//
+// A Client makes signed requests: users, invites, rooms, members and the audit,
+// from any machine that reaches one of the nodes.
+//
 //	c, err := client.New(client.Config{
 //		URLs:     []string{"https://n1.example.org:8470", "https://n2.example.org:8470"},
 //		TLS:      tlsConfig, // trusts the client CA of the cluster

@@ -177,8 +177,8 @@ func TestMetricsAreWellNamed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(families) != 8 {
-		t.Errorf("%d metrics, want 8", len(families))
+	if len(families) != 11 {
+		t.Errorf("%d metrics, want 11", len(families))
 	}
 	problems, err := promlint.NewWithMetricFamilies(families).Lint()
 	if err != nil {
@@ -190,7 +190,7 @@ func TestMetricsAreWellNamed(t *testing.T) {
 	for _, f := range families {
 		for _, series := range f.GetMetric() {
 			for _, l := range series.GetLabel() {
-				if !slices.Contains([]string{"route", "method", "code", "reason", "by"}, l.GetName()) || l.GetValue() == "BREW" {
+				if !slices.Contains([]string{"route", "method", "code", "reason", "by", "change", "why"}, l.GetName()) || l.GetValue() == "BREW" {
 					t.Errorf("%s has the label %s=%s", f.GetName(), l.GetName(), l.GetValue())
 				}
 			}
