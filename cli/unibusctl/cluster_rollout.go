@@ -113,9 +113,9 @@ func (g *gate) look(ctx context.Context, spare string) (why string, err error) {
 	return line, nil
 }
 
-// wait is until the gate is open, all questions answered well in one go, and
-// then has doctor look. What doctor finds is not waited for: the state is
-// settled by then, and a promise that is broken now stays broken.
+// wait is until the gate is open: all questions answered well in one go, and
+// doctor content as well. Doctor may have to look twice: a service that was
+// killed keeps its lease for some seconds, and changes wait for it.
 func (g *gate) wait(ctx context.Context, spare string) error {
 	ctx, cancel := g.app.within(ctx, gateWithin)
 	defer cancel()
@@ -126,19 +126,22 @@ func (g *gate) wait(ctx context.Context, spare string) error {
 			return err
 		}
 		if why == "" {
-			break
+			err = g.examine(ctx, spare)
+			if err == nil {
+				return nil
+			}
+			why = err.Error()
 		}
-		if why != said {
+		if why != said && ctx.Err() == nil {
 			said = why
 			g.app.say("gate: %s", why)
 		}
 		select {
 		case <-ctx.Done():
-			return bus.E(bus.Unavailable, "the gate stays closed: %s", said).WithHint("unibusctl cluster status")
+			return bus.E(bus.Unavailable, "the gate stays closed: %s", said).WithHint("unibusctl doctor --inventory %s", g.request.inventory)
 		case <-time.After(500 * time.Millisecond):
 		}
 	}
-	return g.examine(ctx, spare)
 }
 
 func (g *gate) examine(ctx context.Context, spare string) error {
@@ -156,7 +159,7 @@ func (g *gate) examine(ctx context.Context, spare string) error {
 		if spare != "" && s.Check == "callouts" {
 			continue // misses the word of the node that is down
 		}
-		return bus.E(bus.Unavailable, "the gate is closed: doctor: %s %s: %s", s.Node, s.Check, s.Found).WithHint("unibusctl doctor --inventory %s", g.request.inventory)
+		return bus.E(bus.Unavailable, "doctor: %s %s: %s", s.Node, s.Check, s.Found)
 	}
 	return nil
 }

@@ -245,11 +245,16 @@ digest() {
 	echo "config $(echo "$said" | grep -o '[0-9a-f]\{64\}' | head -n 1)"
 }
 
-# restart UNIT...: systemd stops them in their order, and waits for it.
+# restart UNIT...: services first. systemctl asks for one unit after the other
+# without an order, and a service whose server is gone before it cannot give its
+# lease back.
 restart() {
 	[ ! -e "$base/unfinished" ] || fault "a stage was interrupted here: stage again, or roll back"
 	digest
-	systemctl restart "$@" || fault "did not start: $(journalctl -q -n 1 -o cat -u "$1")"
+	for unit in unibus-membership unibus-authcallout unibus-nats; do
+		case " $* " in *" $unit "*) systemctl stop "$unit.service" || fault "$unit did not stop" ;; esac
+	done
+	systemctl start "$@" || fault "did not start: $(journalctl -q -n 1 -o cat -u "$1")"
 	report
 }
 
