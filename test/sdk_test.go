@@ -319,11 +319,11 @@ func (w *world) sdkDeadServer(t *testing.T) {
 	}
 	w.must2(t, conn.Flush(t.Context()))
 	w.addRoom("d-more", p, kv.RoomOptions{}) // the connection that is killed is not the first one
+	had := heard.Load()
 	cluster.WaitFor(t, 5*time.Second, "the new room", func() error {
-		before := heard.Load()
 		w.must2(t, conn.Publish(t.Context(), "d-more", "x", nil))
 		w.must2(t, conn.Publish(t.Context(), "d-room", "x", nil))
-		if len(conn.Rooms()) != 2 || heard.Load() == before {
+		if len(conn.Rooms()) != 2 || heard.Load() == had {
 			return fmt.Errorf("rooms %v", conn.Rooms())
 		}
 		return nil
