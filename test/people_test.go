@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -75,6 +76,7 @@ type world struct {
 	t     testing.TB
 	store *kv.Store
 	view  *kv.View
+	link  *nats.Conn // of store and view
 	trust *tls.Config
 	admin *person
 
@@ -155,7 +157,7 @@ func (w *world) openStore() {
 	done := make(chan struct{})
 	go func() { view.Run(ctx); close(done) }()
 	w.t.Cleanup(func() { cancel(); <-done; nc.Close() })
-	w.view = view
+	w.view, w.link = view, nc
 	w.store, err = kv.OpenStore(kv.StoreConfig{View: view, Actor: "test"})
 	if err != nil {
 		w.t.Fatal(err)
@@ -217,10 +219,19 @@ func (v verdict) String() string { return [...]string{"admitted", "refused", "si
 // which the server turns into the same words only after its own deadline.
 const denialWithin = 1900 * time.Millisecond
 
+// knock opens a connection to node i, from its own machine where it has one.
+func (w *world) knock(i int, timeout time.Duration) (*wire.Conn, error) {
+	raw, err := w.From(i).Dial("tcp", strings.TrimPrefix(w.NATSURL(i), "tls://"))
+	if err != nil {
+		return nil, err
+	}
+	return wire.Over(raw, w.trust, timeout)
+}
+
 // attempt connects once to node i with a proper proof. It may be called from
 // any goroutine.
 func (w *world) attempt(i int, p *person) (verdict, error) {
-	c, err := wire.Dial(w.NATSURL(i), w.trust, 3*time.Second)
+	c, err := w.knock(i, 3*time.Second)
 	if err != nil {
 		return silent, err
 	}
@@ -239,7 +250,7 @@ func (w *world) attempt(i int, p *person) (verdict, error) {
 // connectRaw returns an admitted raw connection.
 func (w *world) connectRaw(i int, p *person) *wire.Conn {
 	w.t.Helper()
-	c, err := wire.Dial(w.NATSURL(i), w.trust, 5*time.Second)
+	c, err := w.knock(i, 5*time.Second)
 	if err != nil {
 		w.t.Fatal(err)
 	}

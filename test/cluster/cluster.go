@@ -37,6 +37,7 @@ type Options struct {
 	Membership  bool
 	Lease       time.Duration // UNIBUS_LEASE of the services; their default if zero
 	Controls    bool          // binaries that obey bus/guard
+	Networks    bool          // a network namespace for each node: Cut and Heal; skips the test where there are none
 	Env         map[Service]map[string]string
 	NoWait      bool                  // return before the started nodes are healthy
 	Edit        func(l *Layout) error // changes the rendered configuration before anything starts; may be nil
@@ -74,6 +75,9 @@ func Start(t testing.TB, o Options) *Cluster {
 	if o.Nodes == 0 {
 		o.Nodes = 3
 	}
+	if o.Networks {
+		needNetworks(t)
+	}
 	base := ReservePorts(t)
 	c := &Cluster{
 		Layout: &Layout{Dir: t.TempDir(), Bin: Binaries(t, o.Controls), Env: o.environment()},
@@ -84,6 +88,9 @@ func Start(t testing.TB, o Options) *Cluster {
 			env:      map[procKey]map[string]string{},
 		},
 		t: t,
+	}
+	if o.Networks {
+		c.network = startNetwork(t, (base-firstBlock)/blockSize, o.Nodes)
 	}
 	t.Cleanup(c.stop)
 	for i := range o.Nodes {
@@ -170,7 +177,7 @@ func (c *Cluster) start(key procKey) error {
 	for k, v := range c.env[key] {
 		cmd.Env = append(cmd.Env, k+"="+v) // the last one wins
 	}
-	p, err := c.nursery.start(cmd)
+	p, err := c.nursery.start(cmd, c.network, key.node)
 	if err != nil {
 		return err
 	}

@@ -11,10 +11,12 @@ import (
 	"io"
 	"io/fs"
 	"maps"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -48,6 +50,8 @@ type Layout struct {
 	Bin   string // directory of the binaries
 	Ports []Ports
 	Env   map[Service]map[string]string // on top of the rendered environment files
+
+	network *network // nil: every node is on this machine's own network
 }
 
 // Node is the name of node i: n1, n2, n3.
@@ -79,16 +83,28 @@ func (l *Layout) CA() string { return filepath.Join(l.PKI(), "client-ca.crt") }
 // Seed is the file of a static user's nkey seed, such as "ops" or "sys".
 func (l *Layout) Seed(name string) string { return filepath.Join(l.Secrets(), name+".nk") }
 
-// NATSURL, APIURL and MonitorURL address node i.
-func (l *Layout) NATSURL(i int) string { return "tls://" + Loopback(l.Ports[i-1].NATS) }
+// Host is the address of node i.
+func (l *Layout) Host(i int) string {
+	if l.network == nil {
+		return "127.0.0.1"
+	}
+	return l.network.host(i)
+}
+
+func (l *Layout) at(i, port int) string { return net.JoinHostPort(l.Host(i), strconv.Itoa(port)) }
+
+// NATSURL is where users reach node i.
+func (l *Layout) NATSURL(i int) string { return "tls://" + l.at(i, l.Ports[i-1].NATS) }
 
 // APIURL is the membership API of node i.
-func (l *Layout) APIURL(i int) string { return "https://" + Loopback(l.Ports[i-1].API) }
+func (l *Layout) APIURL(i int) string { return "https://" + l.at(i, l.Ports[i-1].API) }
 
-// MonitorURL is the monitoring listener of node i's nats-server.
+// MonitorURL is the monitoring listener of node i's nats-server, on the
+// loopback of its machine.
 func (l *Layout) MonitorURL(i int) string { return "http://" + Loopback(l.Ports[i-1].Monitor) }
 
-// AdminURL is the metrics listener of a service of node i.
+// AdminURL is the metrics listener of a service of node i, on the loopback of
+// its machine.
 func (l *Layout) AdminURL(i int, s Service) string {
 	port := l.Ports[i-1].MembershipAdmin
 	if s == Authcallout {
@@ -160,8 +176,9 @@ func (l *Layout) inventory() []byte {
 	b.WriteString("# Local cluster: all nodes on this machine, each with ports of its own.\n")
 	b.WriteString("UNIBUS_CLUSTER=unibus\nROUTE_NETWORK=private\n")
 	for i, p := range l.Ports {
-		fmt.Fprintf(&b, "NODE_%d=\"%s public=127.0.0.1 private=127.0.0.1 nats=%d route=%d monitor=%d api=%d membership_admin=%d authcallout_admin=%d\"\n",
-			i+1, l.Node(i+1), p.NATS, p.Route, p.Monitor, p.API, p.MembershipAdmin, p.AuthcalloutAdmin)
+		host := l.Host(i + 1)
+		fmt.Fprintf(&b, "NODE_%d=\"%s public=%s private=%s nats=%d route=%d monitor=%d api=%d membership_admin=%d authcallout_admin=%d\"\n",
+			i+1, l.Node(i+1), host, host, p.NATS, p.Route, p.Monitor, p.API, p.MembershipAdmin, p.AuthcalloutAdmin)
 	}
 	return b.Bytes()
 }

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"testing"
@@ -34,7 +35,10 @@ type Health struct {
 const probeTimeout = 2 * time.Second
 
 // Client is an HTTPS client that trusts this cluster's client CA and nothing else.
-func (l *Layout) Client() (*http.Client, error) {
+func (l *Layout) Client() (*http.Client, error) { return l.client(0) }
+
+// client is one on the machine of node i, or on ours if i is 0.
+func (l *Layout) client(i int) (*http.Client, error) {
 	pem, err := os.ReadFile(l.CA())
 	if err != nil {
 		return nil, err
@@ -47,14 +51,30 @@ func (l *Layout) Client() (*http.Client, error) {
 		Timeout: probeTimeout,
 		// A new connection for each probe: a load balancer's check does the
 		// same, and a kept one would hide a listener that is gone.
-		Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}, DisableKeepAlives: true},
+		Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}, DisableKeepAlives: true, DialContext: l.dialContext(i)},
 	}, nil
+}
+
+func (l *Layout) dialContext(i int) func(context.Context, string, string) (net.Conn, error) {
+	if i == 0 {
+		return nil
+	}
+	return l.From(i).DialContext
+}
+
+// probe is a plain HTTP client for what listens on the loopback of node i.
+func (l *Layout) probe(i int) *http.Client {
+	client := &http.Client{Timeout: probeTimeout}
+	if l.network != nil {
+		client.Transport = &http.Transport{DialContext: l.dialContext(i), DisableKeepAlives: true}
+	}
+	return client
 }
 
 // Healthz asks node i's membership service. An error means that there was no
 // answer at all; a 503 is an answer.
 func (l *Layout) Healthz(ctx context.Context, i int) (Health, error) {
-	client, err := l.Client()
+	client, err := l.client(i)
 	if err != nil {
 		return Health{}, err
 	}
@@ -84,7 +104,7 @@ func (l *Layout) Healthy(ctx context.Context, i int) error {
 // NATSHealthy returns nil if node i's nats-server has a JetStream meta leader
 // and has caught up.
 func (l *Layout) NATSHealthy(ctx context.Context, i int) error {
-	code, body, err := get(ctx, &http.Client{Timeout: probeTimeout}, l.MonitorURL(i)+"/healthz")
+	code, body, err := get(ctx, l.probe(i), l.MonitorURL(i)+"/healthz")
 	if err != nil {
 		return err
 	}
@@ -96,7 +116,7 @@ func (l *Layout) NATSHealthy(ctx context.Context, i int) error {
 
 // CalloutReady returns nil if node i's authcallout says that it decides.
 func (l *Layout) CalloutReady(ctx context.Context, i int) error {
-	code, body, err := get(ctx, &http.Client{Timeout: probeTimeout}, l.AdminURL(i, Authcallout)+"/readyz")
+	code, body, err := get(ctx, l.probe(i), l.AdminURL(i, Authcallout)+"/readyz")
 	if err != nil {
 		return err
 	}
@@ -108,7 +128,7 @@ func (l *Layout) CalloutReady(ctx context.Context, i int) error {
 
 // Monitor returns an answer of node i's nats-server on its monitoring port.
 func (l *Layout) Monitor(ctx context.Context, i int, path string) ([]byte, error) {
-	code, body, err := get(ctx, &http.Client{Timeout: probeTimeout}, l.MonitorURL(i)+path)
+	code, body, err := get(ctx, l.probe(i), l.MonitorURL(i)+path)
 	if err == nil && code != http.StatusOK {
 		err = fmt.Errorf("%s%s: %d", l.MonitorURL(i), path, code)
 	}

@@ -139,14 +139,23 @@ type child struct {
 	exited chan struct{} // closed when it has been reaped
 }
 
-// start runs c as a child of this process.
-func (n *nursery) start(c Command) (*child, error) {
+// start runs c as a child of this process; in a network also inside the
+// namespace of node i. No wrapper does that but the thread which forks, so the
+// pid is that of the program.
+func (n *nursery) start(c Command, w *network, i int) (*child, error) {
 	var cmd *exec.Cmd
 	err := errors.New("not started")
 	started := make(chan struct{})
 	n.jobs <- func() {
 		defer close(started)
+		back := func() error { return nil }
+		if w != nil {
+			if back, err = w.enter(i); err != nil {
+				return
+			}
+		}
 		cmd, err = c.start(&syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL})
+		err = errors.Join(err, back())
 	}
 	<-started
 	if err != nil {

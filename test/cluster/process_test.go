@@ -80,7 +80,7 @@ func TestPausedIsAliveAndZombieIsNot(t *testing.T) {
 // and cannot clean up.
 func TestChildrenDieWithTheirTest(t *testing.T) {
 	if os.Getenv("UNIBUS_TEST_NURSERY") != "" {
-		ch, err := newNursery().start(sleeper(t))
+		ch, err := newNursery().start(sleeper(t), nil, 0)
 		if err != nil {
 			t.Fatal(err)
 		}

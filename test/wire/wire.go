@@ -70,6 +70,12 @@ func Dial(url string, trust *tls.Config, timeout time.Duration) (*Conn, error) {
 	if err != nil {
 		return nil, err
 	}
+	return Over(raw, trust, timeout)
+}
+
+// Over is Dial on a connection that has been made already; on an error it is
+// closed.
+func Over(raw net.Conn, trust *tls.Config, timeout time.Duration) (_ *Conn, err error) {
 	c := &Conn{conn: raw, r: bufio.NewReader(raw), timeout: timeout}
 	_ = raw.SetDeadline(time.Now().Add(timeout))
 	line, err := c.r.ReadString('\n')
