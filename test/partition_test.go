@@ -79,7 +79,9 @@ func (pt *partition) once(t *testing.T, n int, how cluster.Cut, apart time.Durat
 		"remove": func(ctx context.Context) (kv.Result, error) { return w.store.RemoveMember(ctx, "ops", removed.key) },
 	} {
 		started := time.Now()
-		w.committed(what, change)
+		if err := commit(t.Context(), change); err != nil {
+			t.Fatalf("%s: %v", what, err)
+		}
 		t.Logf("%s, with n%d cut off: %s", what, cut, time.Since(started).Round(time.Millisecond))
 	}
 	wantClosed(t, gone...)
@@ -173,23 +175,6 @@ func (pt *partition) mended(t *testing.T, sys *nats.Conn, node int, stale []*wir
 		}
 	}
 	return joined, closed
-}
-
-// committed makes a change while a node is away: proven or not, it counts from here on.
-func (w *world) committed(what string, change func(context.Context) (kv.Result, error)) {
-	w.t.Helper()
-	ctx, cancel := context.WithTimeout(w.t.Context(), 30*time.Second)
-	defer cancel()
-	for {
-		_, err := change(ctx)
-		var u *kv.Unproven
-		switch {
-		case err == nil, errors.As(err, &u):
-			return
-		case ctx.Err() != nil || bus.CodeOf(err) != bus.Unavailable: // an election may be going on
-			w.t.Fatalf("%s: %v", what, err)
-		}
-	}
 }
 
 // sysOn connects as sys to one node and no other.
