@@ -1,7 +1,12 @@
 package test
 
 import (
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -305,6 +310,22 @@ func TestDoctorServers(t *testing.T) {
 			})
 			hold(t.Context(), 3*time.Second) // it finds out with its first barrier
 		}, "clock", "disagree"},
+		{"certificate that ends in five days", func(t *testing.T) {
+			edited(t, "tls/server.crt", read(t, "tls/server.crt"), endingIn(t, w, etc("tls/server.crt"), 5*24*time.Hour))
+		}, "cert.client", "expires in 4"},
+		{"old server", func(t *testing.T) {
+			old := cluster.OldServer(t, "v2.15.1") // lets a client choose its connection type
+			w.SetBinary(3, cluster.NATS, old)
+			w.In(t).Term(3)
+			w.In(t).StartNode(3)
+			t.Cleanup(func() {
+				w.SetBinary(3, cluster.NATS, "")
+				w.Term(3)
+				w.StartNode(3)
+				w.WaitHealthy(time.Minute)
+			})
+			cluster.WaitFor(t, 30*time.Second, "the old server to be there", func() error { return w.NATSHealthy(t.Context(), 3) })
+		}, "nats.version", "2.15.1"},
 	} {
 		t.Run(f.name, func(t *testing.T) {
 			f.plant(t)
@@ -317,6 +338,68 @@ func TestDoctorServers(t *testing.T) {
 	if d := visit(t, w.In(t), usual...); d.Code != 0 {
 		t.Errorf("after all was mended: %s", strings.Join(d.bad(), "\n"))
 	}
+}
+
+// TestDoctorWithoutQuorum: with most servers dead, and with most of them silent,
+// the doctor ends in time and says what it cannot know.
+func TestDoctorWithoutQuorum(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, cluster.Options{})
+	usual := []string{"--inventory", w.Inventory(), "--sys-seed", w.Seed("sys")}
+	for _, f := range []struct {
+		name, words string
+		take, give  func(i int)
+	}{
+		{"killed", "does not answer", func(i int) { w.Kill(i) }, func(i int) { w.StartNode(i) }},
+		{"paused", "does not answer", func(i int) { w.Pause(i) }, func(i int) { w.Resume(i) }},
+	} {
+		t.Run(f.name, func(t *testing.T) {
+			f.take(2)
+			f.take(3)
+			d := visit(t, w.In(t), usual...)
+			if d.Code != 2 || !d.names("cluster", "store", "cannot be proven current") || !d.names("n2", "nats.tls", f.words) || !d.names("n3", "nats.tls", f.words) {
+				t.Errorf("exit %d after %d ms\n%s", d.Code, d.Elapsed, strings.Join(d.bad(), "\n"))
+			}
+			t.Logf("said so after %d ms", d.Elapsed)
+			f.give(2)
+			f.give(3)
+			w.In(t).WaitHealthy(time.Minute)
+			cluster.WaitFor(t, 30*time.Second, "the doctor to be content", func() error {
+				if d := visit(t, w.In(t), usual...); d.Code != 0 {
+					return errors.New(strings.Join(d.bad(), "; "))
+				}
+				return nil
+			})
+		})
+	}
+}
+
+// endingIn is a node's certificate with another end, signed by the same
+// authority for the same key.
+func endingIn(t *testing.T, w *world, certFile string, left time.Duration) string {
+	t.Helper()
+	text, err := os.ReadFile(certFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	block, _ := pem.Decode(text)
+	if block == nil {
+		t.Fatalf("no certificate in %s", certFile)
+	}
+	cert, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ca, err := tls.LoadX509KeyPair(w.CA(), strings.TrimSuffix(w.CA(), ".crt")+".key")
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert.NotAfter = time.Now().Add(left)
+	der, err := x509.CreateCertificate(rand.Reader, cert, ca.Leaf, cert.PublicKey, ca.PrivateKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
 }
 
 // freePort is one that nobody listens on.

@@ -71,35 +71,48 @@ func buildPrograms(tags string) (string, error) {
 // do without it and should not wait for it.
 func NatsCLI(t testing.TB) string {
 	t.Helper()
-	path, err := buildNats()
+	version, err := pinnedVersion("NATSCLI_VERSION")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return install(t, "nats", "github.com/nats-io/natscli/nats", version)
+}
+
+// OldServer builds a stock nats-server of another version than the one in
+// tools.mk and returns its path.
+func OldServer(t testing.TB, version string) string {
+	t.Helper()
+	return install(t, "nats-server", "github.com/nats-io/nats-server/v2", version)
+}
+
+// install builds a program that is not ours, once per user and version.
+func install(t testing.TB, name, pkg, version string) string {
+	t.Helper()
+	path, err := installOnce(name, pkg, version)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return path
 }
 
-var buildNats = sync.OnceValues(func() (string, error) {
-	version, err := pinnedVersion("NATSCLI_VERSION")
-	if err != nil {
-		return "", err
-	}
-	dir, unlock, err := binaryCache("natscli " + version)
+func installOnce(name, pkg, version string) (string, error) {
+	dir, unlock, err := binaryCache(name + " " + version)
 	if err != nil {
 		return "", err
 	}
 	defer unlock()
-	path := filepath.Join(dir, "nats")
+	path := filepath.Join(dir, name)
 	if _, err := os.Stat(path); err == nil { // go install renames it into place whole
 		return path, nil
 	}
-	cmd := exec.CommandContext(context.Background(), "go", "install", "-trimpath", "github.com/nats-io/natscli/nats@"+version)
+	cmd := exec.CommandContext(context.Background(), "go", "install", "-trimpath", pkg+"@"+version)
 	cmd.Dir = dir // outside of every module
 	cmd.Env = append(os.Environ(), "GOWORK=off", "CGO_ENABLED=0", "GOBIN="+dir)
 	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build nats %s: %w\n%s", version, err, bytes.TrimSpace(out))
+		return "", fmt.Errorf("build %s %s: %w\n%s", name, version, err, bytes.TrimSpace(out))
 	}
 	return path, nil
-})
+}
 
 // pinnedVersion reads one assignment of tools.mk.
 func pinnedVersion(name string) (string, error) {

@@ -60,6 +60,7 @@ type machinery struct {
 	mu    sync.Mutex
 	procs map[procKey]*child
 	env   map[procKey]map[string]string
+	other map[procKey]string // binaries in the place of the usual ones
 }
 
 type procKey struct {
@@ -86,6 +87,7 @@ func Start(t testing.TB, o Options) *Cluster {
 			nursery:  newNursery(),
 			procs:    map[procKey]*child{},
 			env:      map[procKey]map[string]string{},
+			other:    map[procKey]string{},
 		},
 		t: t,
 	}
@@ -177,6 +179,9 @@ func (c *Cluster) start(key procKey) error {
 	for k, v := range c.env[key] {
 		cmd.Env = append(cmd.Env, k+"="+v) // the last one wins
 	}
+	if other := c.other[key]; other != "" {
+		cmd.Path = other
+	}
 	p, err := c.nursery.start(cmd, c.network, key.node)
 	if err != nil {
 		return err
@@ -194,6 +199,14 @@ func (c *Cluster) SetEnv(i int, s Service, key, value string) {
 		c.env[k] = map[string]string{}
 	}
 	c.env[k][key] = value
+}
+
+// SetBinary has later starts of one service of node i run another program; the
+// usual one if path is empty.
+func (c *Cluster) SetBinary(i int, s Service, path string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.other[procKey{i, s}] = path
 }
 
 // Kill ends services of node i as a power cut would (SIGKILL) and returns when
