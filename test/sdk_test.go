@@ -44,6 +44,8 @@ func TestSDK(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, cluster.Options{})
 	t.Run("widening", w.sdkWidening)
+	t.Run("whoever acts on what is told", w.sdkActsOnRooms)
+	t.Run("a slow handler", w.sdkSlowHandler)
 	t.Run("removal", w.sdkRemoval)
 	t.Run("refused", w.sdkRefused)
 	t.Run("a dead server", w.sdkDeadServer)
@@ -92,6 +94,10 @@ func (w *world) sdkWidening(t *testing.T) {
 		all = append(all, l)
 	}
 	says := w.dial(t, speaker, nil)
+	var owners []*person // nobody may be in more than 500 rooms
+	for n := range (adds + 399) / 400 {
+		owners = append(owners, w.addUser(fmt.Sprintf("founder-%d", n)))
+	}
 	var sent uint64
 	stop, speaking := make(chan struct{}), sync.WaitGroup{}
 	speaking.Go(func() {
@@ -115,7 +121,7 @@ func (w *world) sdkWidening(t *testing.T) {
 	for n := range adds {
 		l := all[n%len(all)]
 		room := bus.RoomID(fmt.Sprintf("wide-%d", n))
-		w.addRoom(room, speaker, kv.RoomOptions{})
+		w.addRoom(room, owners[n/400], kv.RoomOptions{})
 		got := make(chan struct{}, 1)
 		sub, err := l.conn.Subscribe(room, func(m sdk.Message) {
 			if m.Sender == l.p.key {
@@ -188,6 +194,137 @@ func (w *world) must2(t *testing.T, err error) {
 	if err != nil {
 		t.Fatal(err)
 	}
+}
+
+// sdkActsOnRooms adds somebody to one room after the other whose program
+// subscribes, and sends one message, when it is told of a room: what is told can
+// be used. Another part of the program subscribes and leaves all the time, also
+// in the middle of a handover, and hears everything that comes between.
+func (w *world) sdkActsOnRooms(t *testing.T) {
+	adds := 12
+	if full {
+		adds = 100
+	}
+	owner, p := w.addUser("t-owner"), w.addUser("t-told")
+	w.addRoom("t-all", owner, kv.RoomOptions{})
+	w.join("t-all", p, bus.Writer)
+	heard, told := make(chan bus.RoomID, 2*adds), make(chan []bus.RoomGrant, 2*adds)
+	conn := w.dial(t, p, func(cfg *sdk.DialConfig) { cfg.OnRooms = func(g []bus.RoomGrant) { told <- g } })
+	stop, program := make(chan struct{}), sync.WaitGroup{}
+	defer func() { close(stop); program.Wait() }()
+	program.Go(func() {
+		known := map[bus.RoomID]bool{"t-all": true}
+		for {
+			select {
+			case <-stop:
+				return
+			case grants := <-told:
+				for _, g := range grants {
+					if known[g.Room] {
+						continue
+					}
+					known[g.Room] = true
+					if _, err := conn.Subscribe(g.Room, func(m sdk.Message) { heard <- m.Room }); err != nil {
+						t.Error(err)
+					}
+					if err := conn.Publish(t.Context(), g.Room, "once", nil); err != nil {
+						t.Error(err)
+					}
+				}
+			}
+		}
+	})
+	program.Go(func() {
+		var made []*sdk.Subscription // they live through a handover or two
+		for n := 0; ; n++ {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			got, id := make(chan struct{}), fmt.Sprint("n", n)
+			once := sync.OnceFunc(func() { close(got) })
+			sub, err := conn.Subscribe("t-all", func(m sdk.Message) {
+				if m.Topic == id {
+					once()
+				}
+			})
+			if err == nil {
+				err = conn.Publish(t.Context(), "t-all", id, nil)
+			}
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			select {
+			case <-got:
+			case <-time.After(10 * time.Second):
+				t.Errorf("subscription %d is deaf", n)
+			}
+			if made = append(made, sub); len(made) > 200 {
+				made[0].Unsubscribe()
+				made = made[1:]
+			}
+		}
+	})
+	for n := range adds {
+		room := bus.RoomID(fmt.Sprintf("told-%d", n))
+		w.addRoom(room, owner, kv.RoomOptions{})
+		w.join(room, p, bus.Writer)
+		select {
+		case r := <-heard:
+			if r != room {
+				t.Errorf("heard %s, want %s", r, room)
+			}
+		case <-time.After(10 * time.Second):
+			t.Fatalf("nothing is heard in %s; known are %v", room, conn.Rooms())
+		}
+	}
+}
+
+// sdkSlowHandler adds somebody to a room whose handler has seconds of work
+// before it: the old connection is not closed over that.
+func (w *world) sdkSlowHandler(t *testing.T) {
+	owner, p := w.addUser("slow-owner"), w.addUser("slow")
+	for _, room := range []bus.RoomID{"slow-1", "slow-2"} {
+		w.addRoom(room, owner, kv.RoomOptions{})
+	}
+	w.join("slow-1", p, bus.Reader)
+	conn, says := w.dial(t, p, nil), w.dial(t, owner, nil)
+	const messages, each = 400, 10 * time.Millisecond
+	heard := make(chan byte, 2*messages)
+	if _, err := conn.Subscribe("slow-1", func(m sdk.Message) {
+		<-time.After(each)
+		heard <- m.Data[0]
+	}); err != nil {
+		t.Fatal(err)
+	}
+	w.must2(t, conn.Flush(t.Context()))
+	for n := range messages / 2 {
+		w.must2(t, says.Publish(t.Context(), "slow-1", "x", []byte{byte(n)}))
+	}
+	w.must2(t, says.Flush(t.Context()))
+	w.join("slow-2", p, bus.Reader)
+	for n := messages / 2; n < messages; n++ {
+		w.must2(t, says.Publish(t.Context(), "slow-1", "x", []byte{byte(n)}))
+		<-time.After(time.Millisecond)
+	}
+	for n := range messages {
+		select {
+		case got := <-heard:
+			if got != byte(n) {
+				t.Fatalf("heard %d, want %d", got, byte(n))
+			}
+		case <-time.After(20 * time.Second):
+			t.Fatalf("message %d is lost", n)
+		}
+	}
+	cluster.WaitFor(t, 10*time.Second, "the second room to be known", func() error {
+		if n := len(conn.Rooms()); n != 2 {
+			return fmt.Errorf("%d rooms", n)
+		}
+		return nil
+	})
 }
 
 // sdkRemoval removes somebody from one of two rooms: the other goes on, and a

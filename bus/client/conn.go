@@ -5,7 +5,6 @@ import (
 	"crypto/tls"
 	"errors"
 	"log/slog"
-	"maps"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -25,16 +24,20 @@ const (
 	// servers; a refusal is met with the same patience as an outage.
 	firstDelay = 100 * time.Millisecond
 	lastDelay  = 10 * time.Second
-	// handoverTimeout bounds each step of a handover; hintJitter spreads the
-	// clients of a room to which many are added at once.
+	// handoverTimeout bounds each step of a handover but the last, in which
+	// handlers work off what the old connection has brought: drainTimeout.
 	handoverTimeout = 2 * time.Second
-	hintJitter      = 100 * time.Millisecond
+	drainTimeout    = 30 * time.Second
+	// hintPause collects what belongs to one change; hintJitter spreads the
+	// clients of a room to which many are added at once.
+	hintPause  = 20 * time.Millisecond
+	hintJitter = 80 * time.Millisecond
 )
 
 // DialConfig configures a Conn.
 type DialConfig struct {
 	URLs     []string    // tls://host:port of each server
-	TLS      *tls.Config // what to trust
+	TLS      *tls.Config // what to trust; nil: the system's authorities
 	Identity sig.Signer  // who connects
 	Name     string      // shown to admins in unibusctl conn list; may be empty
 
@@ -42,8 +45,10 @@ type DialConfig struct {
 	// is allowed shows when it is tried.
 	API *Client
 
-	OnStatus func(Status)          // told of every change, one at a time; may be nil
-	OnRooms  func([]bus.RoomGrant) // told when Rooms has changed, one at a time; may be nil
+	// Both are told one thing at a time, and may be nil. They must not call
+	// Close, which waits for them.
+	OnStatus func(Status)          // told of every change
+	OnRooms  func([]bus.RoomGrant) // told when Rooms has changed, once the connection can use what is new
 	Log      *slog.Logger          // nil: silent
 }
 
@@ -133,9 +138,9 @@ func Dial(ctx context.Context, cfg DialConfig) (*Conn, error) {
 	}
 	c.done.Go(func() { c.telling(run) })
 	c.mu.Lock()
-	c.live = first
+	c.enter(first)
 	c.mu.Unlock()
-	c.now(Connected)
+	c.settled(first)
 	c.done.Go(func() { c.renewing(run) })
 	c.done.Go(func() { c.asking(run) })
 	poke(c.refresh)
@@ -144,8 +149,27 @@ func Dial(ctx context.Context, cfg DialConfig) (*Conn, error) {
 
 // line is one connection to a server.
 type line struct {
-	nc      *nats.Conn
-	refused bool // guarded by Conn.mu: the last failure was a refusal
+	nc     *nats.Conn
+	hinted bool // guarded by Conn.mu: there is more to have than it may do
+}
+
+// enter makes a line the live one; it needs mu. A hint that came before is not
+// repeated by anybody.
+func (c *Conn) enter(l *line) {
+	c.live = l
+	if l.hinted {
+		poke(c.again)
+	}
+}
+
+// settled tells how the line stands that is live now: what befell it before was
+// nobody's business.
+func (c *Conn) settled(l *line) {
+	if l.nc.IsConnected() {
+		c.now(Connected)
+	} else {
+		c.now(Disconnected)
+	}
 }
 
 // open makes a line, trying all servers until one lets us in or ctx ends. The
@@ -155,6 +179,8 @@ func (c *Conn) open(ctx context.Context, before string) (*line, error) {
 	l := &line{}
 	for n := 0; ; n++ {
 		urls, opts := slices.Clone(c.cfg.URLs), c.options(l)
+		// If it takes nobody, its users spread over the others.
+		rand.Shuffle(len(urls), func(i, j int) { urls[i], urls[j] = urls[j], urls[i] })
 		if i := slices.Index(urls, before); n == 0 && i >= 0 {
 			urls[0], urls[i] = urls[i], urls[0]
 			opts = append(opts, nats.DontRandomize())
@@ -162,9 +188,7 @@ func (c *Conn) open(ctx context.Context, before string) (*line, error) {
 		nc, err := nats.Connect(strings.Join(urls, ","), opts...)
 		if err == nil {
 			l.nc = nc
-			// What is told on notice.<U>.> are hints: whoever forges one makes us
-			// look once more.
-			if _, err = nc.Subscribe(bus.NoticeSubscribe(c.key), func(*nats.Msg) { poke(c.refresh) }); err == nil {
+			if _, err = nc.Subscribe(bus.NoticeSubscribe(c.key), c.noticed); err == nil {
 				return l, nil
 			}
 			nc.Close()
@@ -199,6 +223,7 @@ func (c *Conn) options(l *line) []nats.Option {
 		nats.CustomReconnectDelay(delay),
 		nats.PingInterval(5 * time.Second),
 		nats.MaxPingsOutstanding(2),
+		nats.DrainTimeout(drainTimeout),
 		nats.NoCallbacksAfterClientClose(),
 		nats.LameDuckModeHandler(func(*nats.Conn) { c.hinted(l) }),
 		nats.DisconnectErrHandler(func(*nats.Conn, error) { c.lost(l) }),
@@ -229,8 +254,24 @@ func (c *Conn) current(l *line) bool {
 // hinted: the servers say that connecting again would be better, since there is
 // more to have or since this server is about to stop.
 func (c *Conn) hinted(l *line) {
-	if c.current(l) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	l.hinted = true
+	if c.live == l {
 		poke(c.again)
+	}
+}
+
+// noticed hears what is told on notice.<U>.>, on whichever line. It is a hint:
+// whoever forges one makes us connect or ask once more. Where there may be more
+// to have, rooms are asked for when the new connection stands, so that who is
+// told of a room can use it.
+func (c *Conn) noticed(m *nats.Msg) {
+	switch m.Subject {
+	case bus.NoticeSubject(c.key, bus.NoticeAdded), bus.NoticeSubject(c.key, bus.NoticeRole), bus.NoticeSubject(c.key, bus.NoticeReauthenticate):
+		poke(c.again)
+	default:
+		poke(c.refresh)
 	}
 }
 
@@ -297,7 +338,14 @@ func (c *Conn) telling(ctx context.Context) {
 		case f := <-c.tell:
 			f()
 		case <-ctx.Done():
-			return
+			for { // that it is closed, at least
+				select {
+				case f := <-c.tell:
+					f()
+				default:
+					return
+				}
+			}
 		}
 	}
 }
@@ -323,7 +371,11 @@ func (c *Conn) renewing(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
-		case <-time.After(rand.N(hintJitter)):
+		case <-time.After(hintPause + rand.N(hintJitter)):
+		}
+		select { // what was hinted until now, the new connection will have
+		case <-c.again:
+		default:
 		}
 		if err := c.handOver(ctx); err != nil && ctx.Err() == nil {
 			c.log.Warn("not authenticated anew; the old connection stays", "err", err)
@@ -361,12 +413,12 @@ func (c *Conn) handOver(ctx context.Context) error {
 		err = next.nc.FlushWithContext(opening) // the servers have all subscriptions now
 	}
 	if err != nil {
+		next.nc.Close() // first: what it brings is not to be handed on beside the old one's
 		c.mu.Lock()
 		for s := range c.subs {
 			s.abandon()
 		}
 		c.mu.Unlock()
-		next.nc.Close()
 		return err
 	}
 	// What was published goes out by the old connection before anything does by
@@ -374,7 +426,7 @@ func (c *Conn) handOver(ctx context.Context) error {
 	c.publishing.Lock()
 	_ = old.nc.FlushTimeout(handoverTimeout) // it may be gone: then nothing of it is left to order
 	c.mu.Lock()
-	c.live = next
+	c.enter(next)
 	for s := range c.subs { // made since
 		if s.next == nil {
 			if err := s.prepare(next.nc); err != nil {
@@ -384,17 +436,20 @@ func (c *Conn) handOver(ctx context.Context) error {
 	}
 	c.mu.Unlock()
 	c.publishing.Unlock()
-	c.now(Connected)
+	c.settled(next)
 	_ = next.nc.FlushTimeout(handoverTimeout)
 	c.mu.Lock()
-	moved := slices.Collect(maps.Keys(c.subs))
-	emptied := make([]<-chan struct{}, len(moved))
-	for i, s := range moved {
-		emptied[i] = s.emptied()
+	var moved []*Subscription
+	var emptied []<-chan struct{}
+	for s := range c.subs {
+		if s.next == nil { // made on the new connection already
+			continue
+		}
+		moved, emptied = append(moved, s), append(emptied, s.emptied())
 		s.sub, s.next = s.next, nil
 	}
 	c.mu.Unlock()
-	c.drain(old)
+	c.drain(ctx, old)
 	late := time.After(handoverTimeout)
 	for i, s := range moved {
 		select { // a connection that is drained may still be in its last handler
@@ -407,8 +462,9 @@ func (c *Conn) handOver(ctx context.Context) error {
 	return nil
 }
 
-// drain empties a connection and closes it.
-func (c *Conn) drain(l *line) {
+// drain empties a connection and closes it: when all that it has brought is
+// handed on, or after handoverTimeout from the end of ctx.
+func (c *Conn) drain(ctx context.Context, l *line) {
 	closed := l.nc.StatusChanged(nats.CLOSED)
 	if err := l.nc.Drain(); err != nil { // not connected: nothing is under way
 		l.nc.Close()
@@ -416,9 +472,16 @@ func (c *Conn) drain(l *line) {
 	}
 	select {
 	case <-closed:
-	case <-time.After(handoverTimeout):
-		l.nc.Close()
+		return
+	case <-time.After(drainTimeout + time.Second): // nats.go closes it by then
+	case <-ctx.Done():
+		select {
+		case <-closed:
+			return
+		case <-time.After(handoverTimeout):
+		}
 	}
+	l.nc.Close()
 }
 
 // asking keeps Rooms true.
@@ -530,7 +593,8 @@ func (c *Conn) withLive(ctx context.Context, do func() error) error {
 }
 
 // Close ends all subscriptions and the connection. What was published before is
-// sent, and handlers under way are waited for: do not call it from a handler.
+// sent, handlers work on for 2 s at most on what has come, and the one under way
+// is waited for: do not call it from a handler.
 func (c *Conn) Close() {
 	c.now(Closed)
 	c.stop()
@@ -541,5 +605,7 @@ func (c *Conn) Close() {
 		s.abandon()
 	}
 	c.mu.Unlock()
-	c.drain(l)
+	ended, end := context.WithCancel(context.Background())
+	end()
+	c.drain(ended, l)
 }

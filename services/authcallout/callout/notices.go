@@ -9,20 +9,26 @@ import (
 )
 
 // widen hints to the clients of connections that may do less than their user
-// that the next connect brings more, and tells the user what it is. Only one
-// instance does so for each server.
+// that the next connect brings more, and tells the user what it is. A connection
+// that opened beside the change, on the state before it, is hinted when it is
+// first seen. Only one instance does so for each server.
 func (e *Enforcer) widen(u *session, before, a *kv.Access) {
-	if a == nil || before == nil || before == a || !decide(a, nil, e.cfg.Now()).allow {
+	if a == nil || !decide(a, nil, e.cfg.Now()).allow {
 		return
 	}
 	told := false
 	for _, c := range u.open {
-		if c.kick != nil || c.admitted == nil || len(gains(c.admitted, a)) == 0 || !e.speaksFor(c.id.server.node) {
+		if c.kick != nil || c.admitted == nil || c.hinted == a || len(gains(c.admitted, a)) == 0 || !e.speaksFor(c.id.server.node) {
 			continue
 		}
+		c.hinted = a
 		if !told {
 			told = true
-			e.notify(u.key, append(noticesOf(before, a, e.archived), notice{bus.NoticeReauthenticate, bus.Notice{V: 1}}))
+			var what []notice
+			if before != nil && before != a {
+				what = noticesOf(before, a, e.archived)
+			}
+			e.notify(u.key, append(what, notice{bus.NoticeReauthenticate, bus.Notice{V: 1}}))
 		}
 		e.run = append(e.run, func() { e.hint(c) })
 	}

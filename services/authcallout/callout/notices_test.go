@@ -4,6 +4,8 @@ import (
 	"encoding/json"
 	"slices"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"unibus.internal/bus"
 	"unibus.internal/bus/kv"
@@ -39,4 +41,25 @@ func TestNoticesSayWhatDiffers(t *testing.T) {
 			t.Errorf("%s: %q, want %q", tt.name, got, tt.want)
 		}
 	}
+}
+
+// Who was admitted on the state before a widening, and is seen only after it, is
+// hinted then: nobody else would tell them. Once is enough.
+func TestWhoOpensBesideAWideningIsHinted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWarden(t)
+		h := &counter{}
+		before := w.access[w.user]
+		w.cfg.Service.effects.begin(&call{serverID: "NA", clientID: 1}, before, h, time.Hour)
+		w.cfg.Service.effects.begin(&call{serverID: "NA", clientID: 2}, before, h, time.Hour)
+		w.changes(w.ofUser("dev"), w.rights(t, dev, ops))
+		w.wantSent(t)
+		w.opens(1)
+		w.wantSent(t, `NA LDM {"cid":1}`)
+		w.opens(2) // now the user has been judged already
+		w.wantSent(t, `NA LDM {"cid":2}`)
+		w.Resync()
+		w.opens(3) // on the new state
+		w.wantSent(t)
+	})
 }

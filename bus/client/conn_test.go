@@ -1,0 +1,161 @@
+package client
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"fmt"
+	"net"
+	"runtime"
+	"sync"
+	"testing"
+	"time"
+
+	"unibus.internal/bus"
+	"unibus.internal/bus/sig"
+)
+
+// watched is a signer that remembers what it was asked to sign.
+type watched struct {
+	sig.Signer
+	mu     sync.Mutex
+	signed []string
+}
+
+func (w *watched) Sign(b []byte) ([]byte, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.signed = append(w.signed, string(b))
+	return w.Signer.Sign(b)
+}
+
+func (w *watched) saw() []string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.signed
+}
+
+// stranger is a server as an attacker would write it: it has a certificate that
+// is trusted, asks for the signature of whatever it likes, and lets everybody
+// in. What real servers do is tested with real ones.
+func stranger(t *testing.T, nonce string) (url string, trust *tls.Config) {
+	t.Helper()
+	f := newFake(t, nil) // for its certificate
+	quoted, err := json.Marshal(nonce)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var open sync.WaitGroup
+	open.Go(func() {
+		for {
+			plain, err := l.Accept()
+			if err != nil {
+				return
+			}
+			open.Go(func() {
+				defer func() { _ = plain.Close() }()
+				_, _ = fmt.Fprintf(plain, "INFO {\"server_id\":\"NX\",\"version\":\"2.15.2\",\"proto\":1,\"headers\":true,\"max_payload\":1048576,\"tls_required\":true,\"nonce\":%s}\r\n", quoted)
+				c := tls.Server(plain, &tls.Config{Certificates: f.TLS.Certificates, MinVersion: tls.VersionTLS12})
+				for lines := bufio.NewScanner(c); lines.Scan(); {
+					if lines.Text() == "PING" {
+						_, _ = fmt.Fprint(c, "PONG\r\n")
+					}
+				}
+			})
+		}
+	})
+	t.Cleanup(func() { _ = l.Close(); open.Wait() })
+	roots := x509.NewCertPool()
+	roots.AddCert(f.Certificate())
+	return "tls://" + l.Addr().String(), &tls.Config{RootCAs: roots, ServerName: "example.com", MinVersion: tls.VersionTLS12}
+}
+
+// A server chooses what is signed to log in. It gets no signature of anything
+// that could be an HTTP request or a statement of unibus.
+func TestDialSignsNonces(t *testing.T) {
+	for name, tt := range map[string]struct {
+		nonce string
+		want  bool
+	}{
+		"a nonce":         {"Zm9vYmFyLTEyMw", true},
+		"a request":       {"\"@method\": POST\n\"@authority\": n1:8470", false},
+		"a statement":     {"unibus/v1/room-key\x00ops", false},
+		"nothing":         {"", false},
+		"far too much":    {string(make([]byte, 4096)), false},
+		"not quite":       {"Zm9vYmFyLTEyMw==", false},
+		"a line too many": {"Zm9vYmFyLTEyMw\n", false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			url, trust := stranger(t, tt.nonce)
+			id := &watched{Signer: newIdentity(t)}
+			ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+			defer cancel()
+			if tt.want {
+				ctx = t.Context()
+			}
+			c, err := Dial(ctx, DialConfig{URLs: []string{url}, TLS: trust, Identity: id})
+			if err == nil {
+				c.Close()
+			}
+			if (err == nil) != tt.want {
+				t.Errorf("Dial: %v", err)
+			}
+			if saw := id.saw(); (len(saw) > 0) != tt.want {
+				t.Errorf("signed: %q", saw)
+			}
+			if err != nil && bus.CodeOf(err) != bus.Unavailable {
+				t.Errorf("code %s: %v", bus.CodeOf(err), err)
+			}
+		})
+	}
+}
+
+// A connection that is closed leaves nothing behind, and has said that it is.
+func TestCloseLeavesNothing(t *testing.T) {
+	url, trust := stranger(t, "Zm9vYmFyLTEyMw")
+	id := newIdentity(t)
+	round := func() {
+		var told []Status
+		c, err := Dial(t.Context(), DialConfig{URLs: []string{url}, TLS: trust, Identity: id, OnStatus: func(s Status) { told = append(told, s) }})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.Subscribe("ops", func(Message) {}); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Publish(t.Context(), "ops", "x", nil); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Flush(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		c.Close()
+		if n := len(told); n == 0 || told[n-1] != Closed {
+			t.Errorf("told: %v", told)
+		}
+		if err := c.Publish(t.Context(), "ops", "x", nil); bus.CodeOf(err) != bus.Unavailable {
+			t.Errorf("published after the end: %v", err)
+		}
+		if _, err := c.Subscribe("ops", func(Message) {}); bus.CodeOf(err) != bus.Unavailable {
+			t.Errorf("subscribed after the end: %v", err)
+		}
+	}
+	round()
+	before := runtime.NumGoroutine()
+	for range 5 {
+		round()
+	}
+	for end := time.Now().Add(5 * time.Second); runtime.NumGoroutine() > before; runtime.Gosched() {
+		if time.Now().After(end) {
+			buf := make([]byte, 1<<20)
+			t.Fatalf("%d goroutines became %d:\n%s", before, runtime.NumGoroutine(), buf[:runtime.Stack(buf, true)])
+		}
+	}
+}
