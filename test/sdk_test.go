@@ -261,7 +261,7 @@ func (w *world) sdkActsOnRooms(t *testing.T) {
 			case <-time.After(10 * time.Second):
 				t.Errorf("subscription %d is deaf", n)
 			}
-			if made = append(made, sub); len(made) > 200 {
+			if made = append(made, sub); len(made) > 500 {
 				made[0].Unsubscribe()
 				made = made[1:]
 			}

@@ -125,7 +125,7 @@ func Dial(ctx context.Context, cfg DialConfig) (*Conn, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	run, stop := context.WithCancel(context.Background())
+	run, stop := context.WithCancel(context.WithoutCancel(ctx)) // it outlives Dial
 	c := &Conn{
 		cfg: cfg, key: cfg.Identity.Key(), log: cfg.Log, stop: stop,
 		refresh: make(chan struct{}, 1), again: make(chan struct{}, 1),
@@ -449,7 +449,7 @@ func (c *Conn) handOver(ctx context.Context) error {
 		s.sub, s.next = s.next, nil
 	}
 	c.mu.Unlock()
-	c.drain(ctx, old)
+	c.drain(ctx.Done(), old)
 	late := time.After(handoverTimeout)
 	for i, s := range moved {
 		select { // a connection that is drained may still be in its last handler
@@ -463,8 +463,8 @@ func (c *Conn) handOver(ctx context.Context) error {
 }
 
 // drain empties a connection and closes it: when all that it has brought is
-// handed on, or after handoverTimeout from the end of ctx.
-func (c *Conn) drain(ctx context.Context, l *line) {
+// handed on, or handoverTimeout after it is to hurry.
+func (c *Conn) drain(hurry <-chan struct{}, l *line) {
 	closed := l.nc.StatusChanged(nats.CLOSED)
 	if err := l.nc.Drain(); err != nil { // not connected: nothing is under way
 		l.nc.Close()
@@ -474,7 +474,7 @@ func (c *Conn) drain(ctx context.Context, l *line) {
 	case <-closed:
 		return
 	case <-time.After(drainTimeout + time.Second): // nats.go closes it by then
-	case <-ctx.Done():
+	case <-hurry:
 		select {
 		case <-closed:
 			return
@@ -605,7 +605,7 @@ func (c *Conn) Close() {
 		s.abandon()
 	}
 	c.mu.Unlock()
-	ended, end := context.WithCancel(context.Background())
-	end()
-	c.drain(ended, l)
+	hurry := make(chan struct{})
+	close(hurry)
+	c.drain(hurry, l)
 }

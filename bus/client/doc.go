@@ -15,8 +15,8 @@
 //	_, err = conn.Subscribe("ops", func(m client.Message) { fmt.Println(m.Sender, m.Topic, string(m.Data)) })
 //	err = conn.Publish(ctx, "ops", "disk", []byte("full"))
 //
-// Messages of rooms are delivered at most once, to who is connected: see Conn
-// for what that means when a server dies.
+// Messages of rooms are delivered at most once, to who is connected: see Dial
+// for what that means when a server dies. Nothing is heard in durable rooms yet.
 //
 // # Over HTTPS
 //

@@ -14,6 +14,55 @@ import (
 	"unibus.internal/bus/sig"
 )
 
+// A program reports into a room, and does what is asked for there.
+func ExampleDial() {
+	err := func(ctx context.Context) error {
+		seed, err := os.ReadFile("watcher.nk") // unibusctl identity new --out watcher.nk
+		if err != nil {
+			return err
+		}
+		id, err := sig.ParseIdentity(seed)
+		if err != nil {
+			return err
+		}
+		pem, err := os.ReadFile("client-ca.crt")
+		if err != nil {
+			return err
+		}
+		roots := x509.NewCertPool()
+		if !roots.AppendCertsFromPEM(pem) {
+			return errors.New("client-ca.crt holds no certificate")
+		}
+		ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+		defer cancel()
+		conn, err := client.Dial(ctx, client.DialConfig{
+			URLs:     []string{"tls://n1.example.org:4250", "tls://n2.example.org:4250", "tls://n3.example.org:4250"},
+			TLS:      &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12},
+			Identity: id,
+			Name:     "watcher",
+			OnStatus: func(s client.Status) { fmt.Fprintln(os.Stderr, "bus:", s) },
+		})
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		if _, err := conn.Subscribe("ops", func(m client.Message) {
+			if m.Sender != id.Key() {
+				fmt.Println(m.Sender, m.Topic, string(m.Data))
+			}
+		}); err != nil {
+			return err
+		}
+		if err := conn.Publish(ctx, "ops", "disk.full", []byte("/var on n2")); err != nil {
+			return err
+		}
+		return conn.Flush(ctx)
+	}(context.Background())
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+	}
+}
+
 // An admin's program takes a user into a room, whichever node answers.
 func Example() {
 	err := func(ctx context.Context) error {

@@ -27,7 +27,7 @@ type Subscription struct {
 	ended  bool
 }
 
-// Subscribe hears a room from now on: every message that is published into it,
+// Subscribe hears a room without durability from now on: every message that is published into it,
 // the user's own too. The handler is called with one message at a time and must
 // not keep it waiting for long: a server closes the connection of who does not
 // take what it sends. A subscription follows the connection wherever it goes; in
