@@ -356,6 +356,21 @@ func TestDoctorWithoutQuorum(t *testing.T) {
 		t.Run(f.name, func(t *testing.T) {
 			f.take(2)
 			f.take(3)
+			cluster.WaitFor(t, 10*time.Second, "both servers to be silent", func() error { // a stopped process may answer once more
+				for _, i := range []int{2, 3} {
+					conn, err := net.Dial("tcp", strings.TrimPrefix(w.NATSURL(i), "tls://"))
+					if err != nil {
+						continue
+					}
+					_ = conn.SetReadDeadline(time.Now().Add(300 * time.Millisecond))
+					n, _ := conn.Read(make([]byte, 1))
+					_ = conn.Close()
+					if n > 0 {
+						return fmt.Errorf("n%d answers", i)
+					}
+				}
+				return nil
+			})
 			d := visit(t, w.In(t), usual...)
 			if d.Code != 2 || !d.names("cluster", "store", "cannot be proven current") || !d.names("n2", "nats.tls", f.words) || !d.names("n3", "nats.tls", f.words) {
 				t.Errorf("exit %d after %d ms\n%s", d.Code, d.Elapsed, strings.Join(d.bad(), "\n"))
