@@ -102,17 +102,17 @@ func (s *Store) swept(ctx context.Context, res Result, err error, who map[bus.Us
 	if len(who) > 1 {
 		only = ""
 	}
-	defer func() { res.Elapsed = s.now().Sub(res.started) }()
 	lists, err := s.lists(ctx, byName[only])
 	if err != nil {
 		res.Swept = &Swept{Missing: []string{"servers that nobody names"}}
-		return res, nil
+	} else {
+		res.Swept = &Swept{}
+		s.close(ctx, &res, lists, func(_ string, c sys.Connection) bool {
+			k, ours := byName[string(c.User)]
+			return ours && mustBeGone(who[k], c.Start, s.admits(k), res.enforced, res.committed)
+		})
 	}
-	res.Swept = &Swept{}
-	s.close(ctx, &res, lists, func(_ string, c sys.Connection) bool {
-		k, ours := byName[string(c.User)]
-		return ours && mustBeGone(who[k], c.Start, s.admits(k), res.enforced, res.committed)
-	})
+	res.Elapsed = s.now().Sub(res.started)
 	return res, nil
 }
 
