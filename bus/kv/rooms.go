@@ -189,10 +189,13 @@ func (s *Store) SetMember(ctx context.Context, id bus.RoomID, k bus.UserKey, rol
 		if err := s.mustBeActive(k); err != nil {
 			return Result{}, err
 		}
-		want := s.allMemberships(ctx, k)
+		var want expectation
 		old, rev, ok := s.view.Membership(id, k)
-		present := ok && old.Status == bus.Present
-		if !present {
+		if !ok || old.Status != bus.Present { // another role is no more rooms, and waits for nobody
+			want = s.allMemberships(ctx, k)
+			old, rev, ok = s.view.Membership(id, k)
+		}
+		if !ok || old.Status != bus.Present {
 			if err := s.roomForOneMore(k); err != nil {
 				return Result{}, err
 			}
