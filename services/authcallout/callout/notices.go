@@ -11,15 +11,14 @@ import (
 // widen hints to the clients of connections that may do less than their user
 // that the next connect brings more, and tells the user what it is. A connection
 // that opened beside the change, on the state before it, is hinted when it is
-// first seen. One instance does so for each server, and each for what it has
-// admitted itself: only it knows that its own View was behind.
+// first seen. Only one instance does so for each server.
 func (e *Enforcer) widen(u *session, before, a *kv.Access) {
 	if a == nil || !decide(a, nil, e.cfg.Now()).allow {
 		return
 	}
 	told := false
 	for _, c := range u.open {
-		if c.kick != nil || c.admitted == nil || c.hinted == a || len(gains(c.admitted, a)) == 0 || c.foreign && !e.speaksFor(c.id.server.node) {
+		if c.kick != nil || c.admitted == nil || c.hinted == a || len(gains(c.admitted, a)) == 0 || !e.speaksFor(c.id.server.node) {
 			continue
 		}
 		c.hinted = a

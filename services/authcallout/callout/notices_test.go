@@ -63,18 +63,3 @@ func TestWhoOpensBesideAWideningIsHinted(t *testing.T) {
 		w.wantSent(t)
 	})
 }
-
-// An instance whose View is behind may admit a client of another node just after
-// that node's instance has hinted to it. Nobody else knows that the client has
-// less than it could.
-func TestWhoAdmitsHints(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		w := newWarden(t)
-		w.cfg.Node = "n9" // the server is n1's
-		w.cfg.Service.effects.begin(&call{serverID: "NA", clientID: 1}, w.access[w.user], &counter{}, time.Hour)
-		w.opens(1)
-		w.opens(2) // admitted by another instance
-		w.changes(w.ofUser("dev"), w.rights(t, dev, ops))
-		w.wantSent(t, `NA LDM {"cid":1}`)
-	})
-}
