@@ -427,8 +427,9 @@ func (e *enforced) expiry(t *testing.T) {
 		t.Fatal(err)
 	}
 	for time.Until(at) > 200*time.Millisecond {
-		if closed := closedOf(raw); len(closed) > 0 {
-			t.Fatalf("closed are %v, %s before the expiry", closed, time.Until(at))
+		closed := closedOf(raw)
+		if left := time.Until(at); len(closed) > 0 && left > 0 { // the look itself may last beyond it
+			t.Fatalf("closed are %v, %s before the expiry", closed, left)
 		}
 	}
 	hold(t.Context(), time.Until(at))
