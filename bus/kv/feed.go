@@ -28,6 +28,10 @@ const (
 	// cluster overloaded; with detection and a reload it still fits into a lease.
 	mostPause  = 2 * time.Second
 	apiTimeout = 2 * time.Second
+	// hurried is how long a request may go unanswered while a lease is running
+	// out. Nobody answers one that was sent during an election, and an election
+	// may take 9 of the lease's 10 s: what is left is not for waiting.
+	hurried = 700 * time.Millisecond
 )
 
 // Run feeds the View and keeps its lease until ctx ends, then releases the
@@ -47,14 +51,20 @@ func (v *View) Run(ctx context.Context) {
 // new table; the old one serves, unacknowledging, until its lease runs out.
 func (v *View) follow(ctx context.Context, i int) {
 	pause := rebuildPause
+	var lost time.Time // when the feed that worked ended
 	for ctx.Err() == nil {
-		err := v.feed(ctx, i)
+		hurry := v.cfg.Now().Sub(lost) < v.cfg.Lease
+		patience := apiTimeout
+		if hurry {
+			patience = hurried
+		}
+		opened, err := v.feed(ctx, i, patience)
 		if ctx.Err() != nil {
 			return
 		}
 		v.mu.Lock()
 		if v.live[i] { // it worked until now
-			pause = rebuildPause
+			pause, lost = rebuildPause, v.cfg.Now()
 		}
 		v.live[i] = false
 		if errors.Is(err, errUntrusted) {
@@ -67,36 +77,41 @@ func (v *View) follow(ctx context.Context, i int) {
 		case <-ctx.Done():
 		case <-time.After(pause/2 + mrand.N(pause)): // not all at the same moment
 		}
-		pause = min(2*pause, mostPause)
+		if opened || !hurry { // to ask again costs the cluster little, to load again much
+			pause = min(2*pause, mostPause)
+		}
 	}
 }
 
 // errUntrusted marks a feed whose past answers cannot be trusted either: the
-// lease ends at once instead of running out.
+// lease ends at once instead of running out. A lost message is no such thing:
+// what came before it came without a gap, so that each barrier among it proved
+// what it proved, and nothing behind it is taken.
 var errUntrusted = errors.New("untrusted")
 
-// feed follows one stream until anything at all is wrong with it.
-func (v *View) feed(ctx context.Context, i int) error {
+// feed follows one stream until anything at all is wrong with it. Opened says
+// that it got as far as a consumer; a request for that may take patience.
+func (v *View) feed(ctx context.Context, i int, patience time.Duration) (opened bool, err error) {
 	stream := StreamName(viewBuckets[i])
-	actx, cancel := context.WithTimeout(ctx, apiTimeout)
+	actx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	s, err := v.js.Stream(actx, stream)
 	if err != nil {
-		return fmt.Errorf("stream %s: %w", stream, err)
+		return false, fmt.Errorf("stream %s: %w", stream, err)
 	}
 	info := s.CachedInfo()
 	if err := Verify(info.Config, definition(stream)); err != nil {
-		return fmt.Errorf("%w: %w", errUntrusted, err)
+		return false, fmt.Errorf("%w: %w", errUntrusted, err)
 	}
 	if err := v.checkIdentity(i, info.Created); err != nil {
-		return err
+		return false, err
 	}
 	tail, err := openTail(actx, v.cfg.Conn, viewBuckets[i])
 	if err != nil {
-		return fmt.Errorf("stream %s: %w", stream, err)
+		return false, fmt.Errorf("stream %s: %w", stream, err)
 	}
 	defer tail.close()
-	return v.consume(ctx, i, tail.sub, info, tail.pending)
+	return true, v.consume(ctx, i, tail.sub, info, tail.pending)
 }
 
 // tail is an ordered consumer. That of openTail delivers the newest record of
@@ -168,7 +183,7 @@ func (v *View) consume(ctx context.Context, i int, sub *nats.Subscription, info 
 		case ctx.Err() != nil:
 			return ctx.Err()
 		case errors.Is(err, nats.ErrSlowConsumer):
-			return fmt.Errorf("%w: stream %s: the feed overflowed", errUntrusted, info.Config.Name)
+			return fmt.Errorf("stream %s: the feed overflowed", info.Config.Name)
 		case err != nil:
 			return fmt.Errorf("stream %s: silent for %s: %w", info.Config.Name, silence, err)
 		}
@@ -183,7 +198,7 @@ func (v *View) consume(ctx context.Context, i int, sub *nats.Subscription, info 
 			return fmt.Errorf("%w: stream %s: %w", errUntrusted, info.Config.Name, err)
 		}
 		if md.Sequence.Consumer != last+1 {
-			return fmt.Errorf("%w: stream %s: gap after consumer sequence %d", errUntrusted, info.Config.Name, last)
+			return fmt.Errorf("stream %s: gap after consumer sequence %d", info.Config.Name, last)
 		}
 		last = md.Sequence.Consumer
 		rec := record{key: strings.TrimPrefix(msg.Subject, "$KV."+viewBuckets[i]+"."), rev: md.Sequence.Stream, at: md.Timestamp, value: msg.Data}
@@ -217,7 +232,7 @@ func control(nc *nats.Conn, msg *nats.Msg, status string, last uint64) error {
 		return nc.Publish(stalled, nil)
 	}
 	if sent := msg.Header.Get("Nats-Last-Consumer"); sent != "" && sent != fmt.Sprint(last) {
-		return fmt.Errorf("%w: gap: last consumer sequence is %s, have %d", errUntrusted, sent, last)
+		return fmt.Errorf("gap: last consumer sequence is %s, have %d", sent, last)
 	}
 	return nil
 }

@@ -362,7 +362,7 @@ func TestUsersBarrierRenewsNoLease(t *testing.T) {
 func TestDropForgetsBarriersUnderWay(t *testing.T) {
 	v, c := newTestView(t)
 	v.beginLocked("old", allStreams)
-	v.dropLocked("a gap")
+	v.dropLocked("another stream")
 	for i := range v.tables {
 		if err := deliver(t, v, i, 1, c.t, v.boot, "old"); err != nil {
 			t.Fatal(err)
