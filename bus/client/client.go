@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -14,6 +15,7 @@ import (
 	"net/http"
 	"net/http/httptrace"
 	"net/url"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -45,6 +47,7 @@ const (
 type Config struct {
 	URLs     []string         // https://host:port of each node, or of what stands before them
 	TLS      *tls.Config      // what to trust; nil: the system's authorities
+	CAFile   string           // what to trust instead, read at each connect; may be empty
 	Identity sig.Signer       // whose requests these are
 	Now      func() time.Time // nil: time.Now
 	Rand     io.Reader        // nil: crypto/rand; safe for concurrent use
@@ -95,18 +98,54 @@ func New(cfg Config) (*Client, error) {
 	if cfg.TLS != nil {
 		trust = cfg.TLS.Clone()
 	}
+	transport := &http.Transport{
+		DialContext:         (&net.Dialer{Timeout: dialTimeout}).DialContext,
+		TLSClientConfig:     trust,
+		TLSHandshakeTimeout: tlsTimeout,
+		IdleConnTimeout:     idleTimeout,
+		DisableCompression:  true,
+	}
+	if cfg.CAFile != "" {
+		if _, err := roots(cfg.CAFile); err != nil {
+			return nil, err
+		}
+		transport.DialTLSContext = dialTrusting(trust, cfg.CAFile)
+	}
 	c.http = &http.Client{
-		Transport: &http.Transport{
-			DialContext:         (&net.Dialer{Timeout: dialTimeout}).DialContext,
-			TLSClientConfig:     trust,
-			TLSHandshakeTimeout: tlsTimeout,
-			IdleConnTimeout:     idleTimeout,
-			DisableCompression:  true,
-		},
+		Transport: transport,
 		// A signature names one server and one path; it is not handed on.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
 	return c, nil
+}
+
+// dialTrusting connects with the authorities that the file holds at that moment.
+func dialTrusting(base *tls.Config, caFile string) func(context.Context, string, string) (net.Conn, error) {
+	return func(ctx context.Context, network, address string) (net.Conn, error) {
+		pool, err := roots(caFile)
+		if err != nil {
+			return nil, err
+		}
+		ctx, cancel := context.WithTimeout(ctx, dialTimeout+tlsTimeout)
+		defer cancel()
+		trust := base.Clone()
+		trust.RootCAs = pool
+		dialer := tls.Dialer{NetDialer: &net.Dialer{Timeout: dialTimeout}, Config: trust}
+		return dialer.DialContext(ctx, network, address)
+	}
+}
+
+// roots are the authorities in a file: two while one is being replaced.
+func roots(caFile string) (*x509.CertPool, error) {
+	pem, err := os.ReadFile(caFile)
+	if err != nil {
+		return nil, bus.E(bus.Invalid, "cannot read the CA: %w", err)
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(pem) {
+		return nil, bus.E(bus.Invalid, "%s holds no certificate", caFile)
+	}
+	return pool, nil
 }
 
 // Close closes idle connections. Requests under way are not disturbed.

@@ -7,11 +7,15 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"io"
 	"log"
+	"math/big"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"sync"
@@ -428,6 +432,67 @@ func TestCertificateIsDemanded(t *testing.T) {
 	if f.asked.Load() != 0 {
 		t.Error("it was asked all the same")
 	}
+}
+
+// Whom a client trusts is in its CA file at that moment: a program that outlives
+// the replacement of an authority needs no restart.
+func TestCAFileIsReadAtEachConnect(t *testing.T) {
+	t.Parallel()
+	f := newFake(t, proven)
+	f.Config.SetKeepAlivesEnabled(false)
+	file := filepath.Join(t.TempDir(), "client-ca.crt")
+	trust := func(certs ...*x509.Certificate) {
+		t.Helper()
+		var out []byte
+		for _, c := range certs {
+			out = append(out, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Raw})...)
+		}
+		if err := os.WriteFile(file, out, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	stranger := selfSigned(t)
+	trust(stranger)
+	c, err := New(Config{URLs: []string{f.URL}, CAFile: file, Identity: newIdentity(t)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	for _, step := range []struct {
+		trust []*x509.Certificate
+		want  bool
+	}{
+		{[]*x509.Certificate{stranger}, false},
+		{[]*x509.Certificate{stranger, f.Certificate()}, true},
+		{[]*x509.Certificate{f.Certificate()}, true},
+		{nil, false}, // damaged: nobody is trusted
+	} {
+		trust(step.trust...)
+		if _, err := c.Me(t.Context()); (err == nil) != step.want {
+			t.Errorf("trusting %d: %v, want an answer: %v", len(step.trust), err, step.want)
+		}
+	}
+	if _, err := New(Config{URLs: []string{f.URL}, CAFile: file, Identity: newIdentity(t)}); bus.CodeOf(err) != bus.Invalid {
+		t.Errorf("a file without certificates: %v", err)
+	}
+}
+
+func selfSigned(t *testing.T) *x509.Certificate {
+	t.Helper()
+	_, key, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cert
 }
 
 // A context ends a call, whatever the node does, and nothing stays behind.

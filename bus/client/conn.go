@@ -3,6 +3,7 @@ package client
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"log/slog"
 	"math/rand/v2"
@@ -38,6 +39,7 @@ const (
 type DialConfig struct {
 	URLs     []string    // tls://host:port of each server
 	TLS      *tls.Config // what to trust; nil: the system's authorities
+	CAFile   string      // what to trust instead, read at each connect; may be empty
 	Identity sig.Signer  // who connects
 	Name     string      // shown to admins in unibusctl conn list; may be empty
 
@@ -205,7 +207,7 @@ func (c *Conn) open(ctx context.Context, before string) (*line, error) {
 }
 
 func (c *Conn) options(l *line) []nats.Option {
-	return []nats.Option{
+	opts := []nats.Option{
 		nats.Nkey(c.key.NKey(), func(nonce []byte) ([]byte, error) {
 			if !bus.ServerNonce(nonce) {
 				return nil, bus.E(bus.Forbidden, "what the server wants signed is no nonce: it is not a server to trust")
@@ -230,6 +232,10 @@ func (c *Conn) options(l *line) []nats.Option {
 		nats.ReconnectHandler(func(*nats.Conn) { c.back(l) }),
 		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { c.failed(l, err) }),
 	}
+	if c.cfg.CAFile != "" {
+		opts = append(opts, nats.ClientTLSConfig(nil, func() (*x509.CertPool, error) { return roots(c.cfg.CAFile) }))
+	}
+	return opts
 }
 
 // delay grows with each round through the servers, and differs among clients.

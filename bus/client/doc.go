@@ -8,7 +8,7 @@
 //	id, err := sig.ParseIdentity(seed) // one line SU..., as unibusctl identity new wrote it
 //	conn, err := client.Dial(ctx, client.DialConfig{
 //		URLs:     []string{"tls://n1.example.org:4250", "tls://n2.example.org:4250"},
-//		TLS:      tlsConfig, // trusts the client CA of the cluster
+//		CAFile:   "client-ca.crt", // read again at each connect
 //		Identity: id,
 //	})
 //	defer conn.Close()
@@ -25,7 +25,7 @@
 //
 //	c, err := client.New(client.Config{
 //		URLs:     []string{"https://n1.example.org:8470", "https://n2.example.org:8470"},
-//		TLS:      tlsConfig, // trusts the client CA of the cluster
+//		CAFile:   "client-ca.crt", // read again at each connect
 //		Identity: id,
 //	})
 //	defer c.Close()

@@ -35,14 +35,15 @@ func Connect(l Link) (*nats.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	trust, err := Trust(l.CAFile)
-	if err != nil {
+	if _, err := Roots(l.CAFile); err != nil {
 		return nil, err
 	}
 	opts := []nats.Option{
 		auth,
 		nats.Name(l.Name),
-		nats.Secure(trust),
+		// Read at each connect: while an authority is replaced, what a service
+		// trusts changes under its feet, without a restart.
+		nats.ClientTLSConfig(nil, func() (*x509.CertPool, error) { return Roots(l.CAFile) }),
 		nats.CustomInboxPrefix(l.Inbox),
 		nats.IgnoreAuthErrorAbort(),
 		nats.ReconnectBufSize(-1),
@@ -101,8 +102,19 @@ func readSeed(file string) (nkeys.KeyPair, error) {
 	return kp, nil
 }
 
-// Trust is a TLS configuration that trusts the CA of a file and nothing else.
+// Trust is a TLS configuration that trusts the CAs in a file, as it is now, and
+// nothing else.
 func Trust(caFile string) (*tls.Config, error) {
+	pool, err := Roots(caFile)
+	if err != nil {
+		return nil, err
+	}
+	return &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}, nil
+}
+
+// Roots are the CAs in a file: two while an authority is replaced. What outlives
+// a rotation reads them again at each connect.
+func Roots(caFile string) (*x509.CertPool, error) {
 	pem, err := os.ReadFile(caFile)
 	if err != nil {
 		return nil, bus.E(bus.Invalid, "cannot read the CA: %w", err)
@@ -111,5 +123,5 @@ func Trust(caFile string) (*tls.Config, error) {
 	if !pool.AppendCertsFromPEM(pem) {
 		return nil, bus.E(bus.Invalid, "%s holds no certificate", caFile)
 	}
-	return &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}, nil
+	return pool, nil
 }

@@ -175,8 +175,7 @@ func prepare(c config, log *slog.Logger) (*process, error) {
 	if err != nil {
 		return nil, err
 	}
-	trust, err := kv.Trust(c.ca)
-	if err != nil {
+	if _, err := kv.Roots(c.ca); err != nil {
 		return nil, err
 	}
 	busKey := ""
@@ -194,7 +193,7 @@ func prepare(c config, log *slog.Logger) (*process, error) {
 			busKey = public
 		}
 	}
-	p := newProcess(c, log, keys, trust)
+	p := newProcess(c, log, keys)
 	p.busKey = busKey
 	return p, nil
 }

@@ -3,7 +3,7 @@ package main
 import (
 	"bufio"
 	"context"
-	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -35,7 +35,6 @@ type process struct {
 	cfg     config
 	log     *slog.Logger
 	keys    []callout.Keys
-	trust   *tls.Config
 	reg     *prometheus.Registry
 	status  atomic.Value // string, for systemd and /readyz
 	auth    []*nats.Conn
@@ -50,8 +49,8 @@ type process struct {
 	leases  chan bool
 }
 
-func newProcess(cfg config, log *slog.Logger, keys []callout.Keys, trust *tls.Config) *process {
-	p := &process{cfg: cfg, log: log, keys: keys, trust: trust, reg: prometheus.NewRegistry(), leases: make(chan bool, 16)}
+func newProcess(cfg config, log *slog.Logger, keys []callout.Keys) *process {
+	p := &process{cfg: cfg, log: log, keys: keys, reg: prometheus.NewRegistry(), leases: make(chan bool, 16)}
 	p.say("starting")
 	info := prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "unibus_build_info", Help: "The running build.",
@@ -61,6 +60,9 @@ func newProcess(cfg config, log *slog.Logger, keys []callout.Keys, trust *tls.Co
 	p.reg.MustRegister(info)
 	return p
 }
+
+// roots is whom the probes trust, as the connections of kv.Connect do.
+func (p *process) roots() (*x509.CertPool, error) { return kv.Roots(p.cfg.ca) }
 
 // say shows in `systemctl status` and /readyz what the process waits for.
 func (p *process) say(status string) {
@@ -349,7 +351,7 @@ func (p *process) probe() (arrived, admitted, refused bool) {
 	}
 	seen, forget := p.service.Expect(key)
 	defer forget()
-	common := []nats.Option{nats.Secure(p.trust), nats.NoReconnect(), nats.Timeout(2 * time.Second), nats.Name("unibus-authcallout probe")}
+	common := []nats.Option{nats.ClientTLSConfig(nil, p.roots), nats.NoReconnect(), nats.Timeout(2 * time.Second), nats.Name("unibus-authcallout probe")}
 	for _, own := range []nats.Option{nats.Nkey(pub, kp.Sign), nil} {
 		opts := common
 		if own != nil {

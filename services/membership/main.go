@@ -9,6 +9,7 @@ package main
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"flag"
 	"fmt"
@@ -195,10 +196,6 @@ func run(ctx context.Context, args []string, getenv func(string) string, stderr 
 	if err != nil {
 		return fail(log, exitConfig, err)
 	}
-	roots, err := kv.Trust(c.ca)
-	if err != nil {
-		return fail(log, exitConfig, err)
-	}
 	seed := filepath.Join(c.creds, "membership-ctrl.nk")
 	nc, err := kv.Connect(kv.Link{
 		URL: c.natsURL, SeedFile: seed, CAFile: c.ca,
@@ -223,7 +220,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stderr 
 		Conn: nc, Instance: view.Instance(), Log: log, Now: time.Now, Signer: kv.SeedSigner(seed),
 	})
 	health := api.NewHealth(api.HealthConfig{
-		Node: c.node, Version: version, View: view, Conn: nc, CA: roots, Certs: certs, Log: log, Now: time.Now,
+		Node: c.node, Version: version, View: view, Conn: nc, Roots: func() (*x509.CertPool, error) { return kv.Roots(c.ca) }, Certs: certs, Log: log, Now: time.Now,
 	})
 	registry := newRegistry(health)
 	server := api.NewServer(api.Config{

@@ -22,6 +22,10 @@ import (
 	"unibus.internal/services/membership/api"
 )
 
+// certificatesEvery is how often the files of the certificate are looked at: who
+// puts new ones there wants to see them on the port before the next node's turn.
+const certificatesEvery = 5 * time.Second
+
 // parts are the pieces that live as long as the process.
 type parts struct {
 	nc       *nats.Conn
@@ -58,7 +62,7 @@ func serve(ctx context.Context, c config, log *slog.Logger, p parts) int {
 	notify(daemon.SdNotifyReady)
 
 	var background, records, decides sync.WaitGroup
-	background.Go(func() { p.certs.Watch(work, time.Minute, hup) })
+	background.Go(func() { p.certs.Watch(work, certificatesEvery, hup) })
 	background.Go(func() { p.health.Run(work) })
 	background.Go(func() { tellSystemd(work, p.health) })
 	decides.Go(func() {

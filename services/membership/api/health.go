@@ -3,6 +3,7 @@ package api
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -34,7 +35,7 @@ type HealthConfig struct {
 	Version string
 	View    *kv.View
 	Conn    *nats.Conn
-	CA      *tls.Config // trust of an anonymous probe connection; holds no certificate
+	Roots   func() (*x509.CertPool, error) // whom the anonymous probe trusts, asked each time
 	Certs   *Certificates
 	Log     *slog.Logger
 	Now     func() time.Time
@@ -188,7 +189,7 @@ func (h *Health) confined(ctx context.Context) bool {
 // is the one failure that must take a node out of service at once; a silence
 // lets nobody in.
 func (h *Health) strangerRefused() bool {
-	nc, err := nats.Connect(h.cfg.Conn.ConnectedUrl(), nats.Secure(h.cfg.CA), nats.NoReconnect(),
+	nc, err := nats.Connect(h.cfg.Conn.ConnectedUrl(), nats.ClientTLSConfig(nil, h.cfg.Roots), nats.NoReconnect(),
 		nats.Timeout(probeTimeout), nats.Name("unibus posture probe"))
 	if err == nil {
 		nc.Close()
