@@ -45,6 +45,7 @@ type connection struct {
 	hinted     *kv.Access // of what its client was last hinted to
 	foreign    bool       // another instance admitted it
 	unseen     bool       // it began out of our sight: judged by what changed since
+	adopted    bool       // a list told of it, and who admitted it may be long gone
 	seen       time.Time  // when an event or a list first told of it, by our clock
 	kick       *kick      // under way
 	unproven   bool       // a kick was not answered

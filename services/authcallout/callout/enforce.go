@@ -77,6 +77,8 @@ type Enforcer struct {
 	until    time.Time                      // sweeps follow one another until then
 	deferred map[*settled]func(kv.Enforced) // changes that could not be judged yet
 	silent   map[string]bool                // nodes whose last list did not come
+	boots    map[string]bool                // authcallouts that held a lease when last counted
+	departed time.Time                      // when one of them was last found gone
 	run      []func()                       // what the holder of mu leaves to do without it
 }
 

@@ -11,14 +11,20 @@ import (
 // widen hints to the clients of connections that may do less than their user
 // that the next connect brings more, and tells the user what it is. A connection
 // that opened beside the change, on the state before it, is hinted when it is
-// first seen. Only one instance does so for each server.
+// first seen. Each connection is one instance's to hint: see speaksFor.
 func (e *Enforcer) widen(u *session, before, a *kv.Access) {
 	if a == nil || !decide(a, nil, e.cfg.Now()).allow {
 		return
 	}
 	told := false
 	for _, c := range u.open {
-		if c.kick != nil || c.admitted == nil || c.hinted == a || len(gains(c.admitted, a)) == 0 || !e.speaksFor(c.id.server.node) {
+		if c.kick != nil || c.admitted == nil || c.hinted == a || len(gains(c.admitted, a)) == 0 {
+			continue
+		}
+		if !e.speaksFor(c) {
+			if before != a { // should who is to hint be dead, it shows when their lease has run out
+				e.sweepBy(e.cfg.Now().Add(kv.DefaultLease + 2*clockMargin))
+			}
 			continue
 		}
 		c.hinted = a
@@ -34,10 +40,38 @@ func (e *Enforcer) widen(u *session, before, a *kv.Access) {
 	}
 }
 
-// speaksFor reports whether hints to connections of a node are this instance's
-// to give: its own node's, and as the first of all those of a node without one.
-func (e *Enforcer) speaksFor(node string) bool {
-	return node == e.cfg.Node || speaker(node, e.view.Holders()) == e.cfg.Node
+// speaksFor reports whether the hints to a connection are this instance's to
+// give. They are if it has admitted it: nobody else knows on what state, and a
+// View may have been behind all others just then, so that to them the connection
+// lacks nothing. Where whoever admitted it may be gone, the node's own instance
+// hints, and the first of all for a node without one. Then some are hinted twice:
+// that costs a client one connect more, and to miss one a room.
+func (e *Enforcer) speaksFor(c *connection) bool {
+	if !c.foreign {
+		return true
+	}
+	holders := e.view.Holders()
+	e.countBoots(holders)
+	if !c.adopted && !c.seen.Before(e.departed) {
+		return false
+	}
+	return c.id.server.node == e.cfg.Node || speaker(c.id.server.node, holders) == e.cfg.Node
+}
+
+// countBoots notes when an instance was last found to have gone.
+func (e *Enforcer) countBoots(holders []kv.Holder) {
+	boots := map[string]bool{}
+	for _, h := range holders {
+		if h.Service == "authcallout" {
+			boots[h.Boot] = true
+		}
+	}
+	for b := range e.boots {
+		if !boots[b] {
+			e.departed = e.cfg.Now()
+		}
+	}
+	e.boots = boots
 }
 
 // speaker is the node whose callout gives the hints of a node.
@@ -62,6 +96,9 @@ func (e *Enforcer) hint(c *connection) {
 	subject, body := sys.HintRequest(c.id.server.id, c.id.cid)
 	if err := e.send(subject, e.inbox+".0", body); err != nil {
 		e.cfg.Log.Warn("a hint was not sent", "err", err)
+		e.mu.Lock()
+		defer e.unlock()
+		c.hinted = nil // the next judgement, at a new connection to the servers, tries again
 	}
 }
 
@@ -72,7 +109,7 @@ func (e *Enforcer) narrow(u *session, before, a *kv.Access) {
 		return
 	}
 	for _, c := range u.open {
-		if e.speaksFor(c.id.server.node) {
+		if e.speaksFor(c) {
 			e.notify(u.key, noticesOf(before, a, e.archived))
 			return
 		}

@@ -7,8 +7,11 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/nats-io/nats.go"
+
 	"unibus.internal/bus"
 	"unibus.internal/bus/kv"
+	"unibus.internal/bus/sys"
 )
 
 func TestNoticesSayWhatDiffers(t *testing.T) {
@@ -61,5 +64,79 @@ func TestWhoOpensBesideAWideningIsHinted(t *testing.T) {
 		w.Resync()
 		w.opens(3) // on the new state
 		w.wantSent(t)
+	})
+}
+
+// An instance whose View is behind may admit a client of another node just after
+// that node's instance has learnt of a room. To that one the client lacks
+// nothing: only who admitted it knows, whenever the room comes to their View.
+func TestWhoAdmitsHints(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWarden(t)
+		w.cfg.Node = "n9" // the server is n1's
+		w.admits(1)
+		w.opens(2) // another instance's to hint
+		w.changes(w.ofUser("dev"), w.rights(t, dev, ops))
+		w.wantSent(t, `NA LDM {"cid":1}`)
+		w.Resync()
+		w.wantSent(t)
+	})
+}
+
+// What another instance has admitted is hinted by the node's own when that one
+// may be gone, at the latest when the servers' lists are read again after its
+// lease has run out. Who has come since is not hinted twice.
+func TestWhatTheDeadHaveAdmittedIsHinted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWarden(t)
+		boot := func(b string) kv.Holder { return kv.Holder{Service: "authcallout", Node: "n" + b, Boot: b} }
+		w.holders = []kv.Holder{boot("1"), boot("2"), {Service: "membership", Node: "n2", Boot: "3"}}
+		w.opens(1)
+		<-time.After(time.Minute)
+		w.due = time.Now().Add(sweepEvery)
+		w.changes(w.ofUser("dev"), w.rights(t, dev, ops))
+		w.wantSent(t)
+		if left := w.due.Sub(time.Now()); left > kv.DefaultLease+2*clockMargin {
+			t.Errorf("nobody looks for %s whether the other instance lives", left)
+		}
+		w.holders = w.holders[:2]
+		w.Resync()
+		w.wantSent(t)
+		w.holders = w.holders[:1]
+		<-time.After(time.Second)
+		w.Resync()
+		w.wantSent(t, `NA LDM {"cid":1}`)
+		<-time.After(time.Second)
+		w.opens(2)
+		<-time.After(time.Minute)
+		zoo := kv.Grant{Room: "zoo", Role: bus.Reader}
+		w.changes(w.ofUser("zoo"), w.rights(t, dev, ops, zoo))
+		w.wantSent(t, `NA LDM {"cid":1}`)
+		// So is what only a list tells of: it may have begun before this instance did.
+		w.begin()
+		l := &sys.Listing{Server: "NA", Node: "n1"}
+		for cid := range uint64(3) {
+			l.Rows = append(l.Rows, sys.Connection{CID: cid + 1, User: []byte(w.scene.client.pub), Start: time.Now().Add(-time.Hour)})
+		}
+		w.mu.Lock()
+		w.take(sys.Lists{Began: time.Now(), Whole: map[string]*sys.Listing{"NA": l}}, "")
+		w.unlock()
+		w.wantKnown(t, 1, 2, 3)
+		w.changes(w.ofUser("air"), w.rights(t, kv.Grant{Room: "air", Role: bus.Reader}, dev, ops, zoo))
+		w.wantSent(t, `NA LDM {"cid":1}`, `NA LDM {"cid":3}`)
+	})
+}
+
+// A hint that could not be sent is given when the servers are there again.
+func TestAHintIsNotForgotten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWarden(t)
+		w.admits(1)
+		w.fails = nats.ErrConnectionClosed
+		w.changes(w.ofUser("dev"), w.rights(t, dev, ops))
+		w.fails = nil
+		w.Resync()
+		w.Resync()
+		w.wantSent(t, `NA LDM {"cid":1}`, `NA LDM {"cid":1}`)
 	})
 }

@@ -98,6 +98,7 @@ func (e *Enforcer) sweep(ctx context.Context) {
 	lists := e.ask(ctx, "", sweepPatience)
 	e.mu.Lock()
 	defer e.unlock()
+	e.countBoots(e.view.Holders())
 	e.take(lists, "")
 	e.noteSilent(lists.Missing)
 	now := e.cfg.Now()
@@ -224,7 +225,7 @@ func (e *Enforcer) correct(l *sys.Listing, began time.Time, only string) {
 		}
 		c = e.table.add(s, row, now)
 		admitted, hold := e.cfg.Service.effects.take(s.id, row.CID)
-		c.admitted, c.foreign, c.unseen = admitted, admitted == nil, admitted == nil
+		c.admitted, c.foreign, c.unseen, c.adopted = admitted, admitted == nil, admitted == nil, admitted == nil
 		e.found(c, now, false)
 		if hold != nil {
 			e.settle(e.kicksOf(c), released(hold))
