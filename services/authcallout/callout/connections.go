@@ -42,6 +42,7 @@ type connection struct {
 	start      time.Time // by the server's clock
 	host, name string
 	admitted   *kv.Access // what its rights were made from; nil if not known
+	first      *kv.Access // the same before admitted became what it has at most; nil if it never did
 	hinted     *kv.Access // of what its client was last hinted to
 	foreign    bool       // another instance admitted it
 	unseen     bool       // it began out of our sight: judged by what changed since

@@ -1,6 +1,7 @@
 package callout
 
 import (
+	"cmp"
 	"context"
 	"log/slog"
 	"strconv"
@@ -379,7 +380,7 @@ func (e *Enforcer) judge(u *session, why string) {
 	// too much of it costs a needless close some day, too little a missed one.
 	for _, c := range u.open {
 		if c.foreign && c.kick == nil && c.admitted != nil && now.Sub(c.seen) < kv.DefaultLease+clockMargin {
-			c.admitted = a
+			c.first, c.admitted = cmp.Or(c.first, c.admitted), a
 		}
 	}
 	e.armExpiry(u, a, now)

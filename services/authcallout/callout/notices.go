@@ -1,6 +1,7 @@
 package callout
 
 import (
+	"cmp"
 	"encoding/json"
 
 	"unibus.internal/bus"
@@ -18,7 +19,7 @@ func (e *Enforcer) widen(u *session, before, a *kv.Access) {
 	}
 	told := false
 	for _, c := range u.open {
-		if c.kick != nil || c.admitted == nil || c.hinted == a || len(gains(c.admitted, a)) == 0 {
+		if c.kick != nil || c.admitted == nil || c.hinted == a || len(gains(cmp.Or(c.first, c.admitted), a)) == 0 {
 			continue
 		}
 		if !e.speaksFor(c) {

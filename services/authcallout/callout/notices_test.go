@@ -92,7 +92,6 @@ func TestWhatTheDeadHaveAdmittedIsHinted(t *testing.T) {
 		boot := func(b string) kv.Holder { return kv.Holder{Service: "authcallout", Node: "n" + b, Boot: b} }
 		w.holders = []kv.Holder{boot("1"), boot("2"), {Service: "membership", Node: "n2", Boot: "3"}}
 		w.opens(1)
-		<-time.After(time.Minute)
 		w.due = time.Now().Add(sweepEvery)
 		w.changes(w.ofUser("dev"), w.rights(t, dev, ops))
 		w.wantSent(t)
