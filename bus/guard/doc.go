@@ -33,4 +33,5 @@ const (
 	Authorize          Name = "authorize"            // off: everybody may do everything over the API
 	CallerRecheck      Name = "caller-recheck"       // off: who asked for a change is not looked at again before it is written
 	NonceOnce          Name = "nonce-once"           // off: a nonce is good more than once
+	NonceGrammar       Name = "nonce-grammar"        // off: who logs in signs whatever the server sends as its nonce
 )
