@@ -95,7 +95,7 @@ func TestWhatTheDeadHaveAdmittedIsHinted(t *testing.T) {
 		w.due = time.Now().Add(sweepEvery)
 		w.changes(w.ofUser("dev"), w.rights(t, dev, ops))
 		w.wantSent(t)
-		if left := w.due.Sub(time.Now()); left > kv.DefaultLease+2*clockMargin {
+		if left := time.Until(w.due); left > kv.DefaultLease+2*clockMargin {
 			t.Errorf("nobody looks for %s whether the other instance lives", left)
 		}
 		w.holders = w.holders[:2]
