@@ -55,6 +55,11 @@ var controls = []control{
 	{off: guard.NonceOnce, dir: "test", test: "TestThreats/T29_replays", live: true},
 	{off: guard.RequestSignature, dir: "test", test: "TestThreats/T31_changed_requests", live: true},
 	{off: guard.CallerRecheck, dir: "test", test: "TestInterrupted/stopped_while_asked", live: true},
+	{off: guard.RosterSigner, dir: "bus/seal", test: "TestFollows"},
+	{off: guard.RosterChain, dir: "bus/seal", test: "TestFollows"},
+	{off: guard.EnvelopeContext, dir: "bus/seal", test: "TestEnvelopeMoved"},
+	{off: guard.MessageSender, dir: "bus/seal", test: "TestMemberForgesMember"},
+	{off: guard.Replay, dir: "bus/seal", test: "TestTracker"},
 }
 
 // TestControls takes each protection away in turn and demands that the test

@@ -34,4 +34,9 @@ const (
 	CallerRecheck      Name = "caller-recheck"       // off: who asked for a change is not looked at again before it is written
 	NonceOnce          Name = "nonce-once"           // off: a nonce is good more than once
 	NonceGrammar       Name = "nonce-grammar"        // off: who logs in signs whatever the server sends as its nonce
+	RosterSigner       Name = "roster-signer"        // off: whoever signed a roster is taken for one who may
+	RosterChain        Name = "roster-chain"         // off: a roster need not follow the one before it
+	EnvelopeContext    Name = "envelope-context"     // off: an envelope is not bound to what it is for
+	MessageSender      Name = "message-sender"       // off: the sender's signature of a message is not verified
+	Replay             Name = "replay"               // off: a message may come any number of times
 )

@@ -3,6 +3,8 @@ package sig
 import (
 	"bytes"
 	"crypto/ed25519"
+	"crypto/hkdf"
+	"crypto/sha256"
 	"encoding/base64"
 	"fmt"
 	"io"
@@ -48,6 +50,19 @@ func (id *Identity) Key() bus.UserKey { return id.key }
 // be taken for something else that the same key signs: see ADR 0007.
 func (id *Identity) Sign(message []byte) ([]byte, error) {
 	return ed25519.Sign(id.private, message), nil
+}
+
+// Derive is a secret that only this identity can derive, another one for each
+// purpose: HKDF with SHA-256 over the 32 bytes of the seed, no salt, purpose as
+// info. It serves to make keys of other kinds, so that a user has one file to
+// keep. What is derived tells nothing about the seed.
+func (id *Identity) Derive(purpose []byte) (out [32]byte, err error) {
+	secret, err := hkdf.Key(sha256.New, id.private.Seed(), nil, string(purpose), len(out))
+	if err != nil {
+		return out, bus.E(bus.Internal, "derive a key: %w", err)
+	}
+	copy(out[:], secret)
+	return out, nil
 }
 
 // Format prints the public half, whatever the verb: a private key that reaches
