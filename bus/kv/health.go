@@ -24,6 +24,14 @@ type StreamHealth struct {
 	Messages         uint64 `json:"messages"`
 	Bytes            uint64 `json:"bytes"`
 	Err              error  `json:"-"`
+
+	offline int // followers whose node is down
+}
+
+// Settling reports whether a follower that is up is a moment behind, as one
+// often is right behind a write: who asks again soon will hear better.
+func (h StreamHealth) Settling() bool {
+	return h.Err == nil && h.FollowersCurrent+h.offline < h.Followers
 }
 
 // Health asks every stream of account CTRL for its state, all at once. It never
@@ -73,7 +81,10 @@ func streamHealth(ctx context.Context, js jetstream.JetStream, want jetstream.St
 	h.Leader = info.Cluster.Leader
 	for _, r := range info.Cluster.Replicas {
 		h.Followers++
-		if r.Current && !r.Offline {
+		switch {
+		case r.Offline:
+			h.offline++
+		case r.Current:
 			h.FollowersCurrent++
 		}
 		h.MaxLag = max(h.MaxLag, r.Lag)

@@ -436,11 +436,23 @@ func (d *direct) VerifyAudit(ctx context.Context, signers []string) (bus.AuditRe
 	return kv.VerifyAudit(ctx, d.nc, signers)
 }
 
-// AfterWrite reports the replicas of the users bucket.
+// AfterWrite reports the replicas of the users bucket, once they have had up to
+// a second to take what was just written.
 func (d *direct) AfterWrite(ctx context.Context) string {
 	bctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
 	h := kv.HealthOf(bctx, d.nc, kv.Users)
+	again := time.NewTicker(50 * time.Millisecond)
+	defer again.Stop()
+	for h.Settling() && bctx.Err() == nil {
+		select {
+		case <-bctx.Done():
+		case <-again.C:
+			if now := kv.HealthOf(bctx, d.nc, kv.Users); now.Err == nil {
+				h = now
+			}
+		}
+	}
 	leader := h.Leader
 	if h.Err != nil || leader == "" {
 		leader = "unknown"
