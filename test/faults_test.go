@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -30,6 +31,8 @@ type fault struct {
 	plant, mend func(w *world, node int)
 	away        bool // its server does not answer meanwhile
 	lost        bool // and its connections end
+	cut         bool // by the network: not the node that our own changes go by
+	most        int  // changes, if not 0
 }
 
 var faults = []fault{
@@ -39,9 +42,16 @@ var faults = []fault{
 	{name: "node killed", plant: func(w *world, i int) { w.Kill(i) }, mend: func(w *world, i int) { w.StartNode(i) }, away: true, lost: true},
 }
 
+// cutOff is one fault more, where there are networks. It must be over before
+// the node's server gives clients up that answer no ping, after 40 to 60 s.
+var cutOff = fault{
+	name: "node cut off", plant: func(w *world, i int) { w.Cut(i, cluster.CutBoth) }, mend: func(w *world, i int) { w.Heal(i, cluster.CutBoth) },
+	away: true, cut: true, most: 60,
+}
+
 // TestEnforceFaults changes the access of people picked at random, at random
 // times and several at once, with all well and with a callout killed, a node
-// paused and a node killed. Every connection that a change ends is closed within
+// paused, a node killed and, at full numbers, one cut off by the network. Every connection that a change ends is closed within
 // 5 s, that of a server which was away within 5 s of its return; no other one
 // is. Both are counted.
 func TestEnforceFaults(t *testing.T) {
@@ -50,17 +60,28 @@ func TestEnforceFaults(t *testing.T) {
 	if full {
 		users, each, writers = 1000, 150, 8
 	}
-	w := newWorld(t, cluster.Options{Lease: 2 * time.Second})
+	list, networks := faults, full && os.Geteuid() == 0
+	if networks {
+		list = append(slices.Clip(list), cutOff)
+	}
+	w := newWorld(t, cluster.Options{Lease: 2 * time.Second, Networks: networks})
 	e := &endings{world: w, writers: writers}
 	w.addRoom("all", w.admin, kv.RoomOptions{})
 	e.seed(users)
 	order := rand.New(rand.NewPCG(5, 300)).Perm(users)
-	for n, f := range faults {
-		e.under(t, f, n%3+1, order[n*each:(n+1)*each])
-	}
 	gone := make(map[int]bool)
-	for _, u := range order[:len(faults)*each] {
-		gone[u] = true
+	for n, f := range list {
+		victims, node := order[n*each:(n+1)*each], n%3+1
+		if f.most > 0 {
+			victims = victims[:min(f.most, each)]
+		}
+		if f.cut {
+			node = w.lonely(n)
+		}
+		e.under(t, f, node, victims)
+		for _, u := range victims {
+			gone[u] = true
+		}
 	}
 	untouched := 0
 	for u := range e.conns {
@@ -69,8 +90,8 @@ func TestEnforceFaults(t *testing.T) {
 		}
 	}
 	t.Logf("%d connections of %d users: %d changes closed %d, the slowest %s after it returned; the others, of %d users, were looked at %d times and none was touched",
-		3*users, users, len(faults)*each, e.closed.Load(), time.Duration(e.slowest.Load()).Round(time.Millisecond), untouched, e.looked)
-	if want := int64(3 * len(faults) * each); e.closed.Load() != want {
+		3*users, users, len(gone), e.closed.Load(), time.Duration(e.slowest.Load()).Round(time.Millisecond), untouched, e.looked)
+	if want := int64(3 * len(gone)); e.closed.Load() != want {
 		t.Errorf("%d connections were closed, want %d", e.closed.Load(), want)
 	}
 }
@@ -178,11 +199,27 @@ func (e *endings) end(t *testing.T, victim int, revoke bool, f fault, node int) 
 // returned wants those connections closed that were kept by a server while it
 // was away. One that died has none.
 func (e *endings) returned(t *testing.T, f fault, node int, victims []int) {
-	cluster.WaitFor(t, time.Minute, e.Node(node)+" to be back", func() error { return e.NATSHealthy(t.Context(), node) })
+	if f.cut {
+		e.joined(t, node)
+	} else {
+		cluster.WaitFor(t, time.Minute, e.Node(node)+" to be back", func() error { return e.NATSHealthy(t.Context(), node) })
+	}
 	back := time.Now()
 	for _, u := range victims {
 		e.wantEnded(t, f, e.conns[u][node-1], back)
 	}
+}
+
+// joined waits until the others hear a server that was cut off.
+func (e *endings) joined(t *testing.T, node int) {
+	sys := e.sysOn(node%3 + 1)
+	cluster.WaitFor(t, time.Minute, e.Node(node)+" to join the others", func() error {
+		m, err := sys.Request("$SYS.REQ.SERVER.PING.VARZ", []byte(fmt.Sprintf(`{"server_name":%q,"exact_match":true}`, e.Node(node))), 100*time.Millisecond)
+		if err == nil && len(m.Data) == 0 {
+			err = errors.New("nobody")
+		}
+		return err
+	})
 }
 
 func (e *endings) wantEnded(t *testing.T, f fault, c *wire.Conn, since time.Time) {

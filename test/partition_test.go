@@ -46,9 +46,9 @@ type partition struct {
 }
 
 // lonely picks the node to cut: not the one that the test's own changes go by.
-func (pt *partition) lonely(n int) int {
+func (w *world) lonely(n int) int {
 	for i := range 3 {
-		if node := (n+i)%3 + 1; pt.NATSURL(node) != pt.link.ConnectedUrl() {
+		if node := (n+i)%3 + 1; w.NATSURL(node) != w.link.ConnectedUrl() {
 			return node
 		}
 	}
