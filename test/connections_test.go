@@ -57,7 +57,7 @@ func (a *apiWorld) connections(t *testing.T) {
 	}
 	wantOpen(t, cs...)
 	got := a.root.want(t, 200, "DELETE", fmt.Sprintf("/v1/users/connected/connections?server=%s&cid=%d", one.Server, one.CID), nil).change(t)
-	if got.Closed != 1 || got.Servers != "3/3" || !got.Verified {
+	if got.Closed != 1 || got.Servers != "1/1" || !got.Verified { // it is that server's alone to say
 		t.Errorf("closing one: %+v", got)
 	}
 	cluster.WaitFor(t, 10*time.Second, "the audit to name what was closed", func() error {
@@ -162,6 +162,9 @@ func TestConnections(t *testing.T) {
 					t.Errorf("%v: %s has %d connections, want %d", flags, name, found[name], want)
 				}
 			}
+			if list.Servers != "3/3" || len(list.Missing) > 0 {
+				t.Errorf("%v: servers %s, missing %v", flags, list.Servers, list.Missing)
+			}
 			t.Logf("%v: %d connections in %s", flags, len(list.Connections), time.Since(began).Round(time.Millisecond))
 		}
 	}
@@ -198,6 +201,12 @@ func TestConnections(t *testing.T) {
 			}
 			return nil
 		})
+		for node, want := range map[string]int{"n1": 0, "n3": 3} { // the silence of one says nothing of another
+			r := w.In(t).CLI(append(slices.Clone(flags), "conn", "list", "--user", name, "--server", node)...)
+			if r.Code != want || strings.Count(r.Stdout, name+" ") != 10-10*want/3 {
+				t.Errorf("%v: of %s: exit %d: %s%s", flags, node, r.Code, r.Stdout, r.Stderr)
+			}
+		}
 		cluster.WaitFor(t, 60*time.Second, "a kick without one server", func() error { // until then the audit's leader may be that one
 			r := w.In(t).CLI(append(slices.Clone(flags), "conn", "kick", name, "--yes")...)
 			if r.Code != 3 {

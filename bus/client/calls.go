@@ -216,15 +216,21 @@ type ConnectionQuery struct {
 // Missing did not answer: what is open there is not known. Admins only.
 func (c *Client) Connections(ctx context.Context, q ConnectionQuery) (bus.ConnectionList, error) {
 	var last bus.ConnectionList
-	missing := map[string]bool{}
+	missing, servers := map[string]bool{}, 0
 	connections, err := all(func(after string) ([]bus.ConnectionInfo, string, error) {
 		last = bus.ConnectionList{}
 		err := c.get(ctx, "/v1/connections", values("user", q.User, "room", string(q.Room), "server", q.Server, "after", after, "limit", "500"), &last)
 		for _, m := range last.Missing {
 			missing[m] = true
 		}
+		var answered, of int
+		if n, _ := fmt.Sscanf(last.Servers, "%d/%d", &answered, &of); n == 2 {
+			servers = max(servers, of)
+		}
 		return last.Connections, last.Next, err
 	})
+	// Each page is a list of its own: a server that failed one of them is missing.
+	last.Servers = fmt.Sprintf("%d/%d", max(servers-len(missing), 0), servers)
 	last.Connections, last.Missing = connections, slices.AppendSeq([]string{}, maps.Keys(missing))
 	slices.Sort(last.Missing)
 	return last, err

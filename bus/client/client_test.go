@@ -17,6 +17,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -651,6 +652,21 @@ func TestPages(t *testing.T) {
 	next["b"] = "b"
 	if _, err := c.AllUsers(t.Context(), UserQuery{}); bus.CodeOf(err) != bus.Internal {
 		t.Errorf("pages without an end: %v", err)
+	}
+}
+
+// A server that failed one page of a list is missing from all of it.
+func TestAServerMissingFromAPageIsMissing(t *testing.T) {
+	t.Parallel()
+	pages := map[string]bus.ConnectionList{
+		"":  {Servers: "3/3", Missing: []string{}, Next: "a"},
+		"a": {Servers: "2/3", Missing: []string{"n3"}, Next: "b"},
+		"b": {Servers: "1/2", Missing: []string{"n2"}},
+	}
+	f := newFake(t, func(w http.ResponseWriter, r *http.Request) { _ = json.NewEncoder(w).Encode(pages[r.URL.Query().Get("after")]) })
+	list, err := newClient(t, f.URL).Connections(t.Context(), ConnectionQuery{})
+	if err != nil || list.Servers != "1/3" || !slices.Equal(list.Missing, []string{"n2", "n3"}) {
+		t.Errorf("servers %s, missing %v (%v)", list.Servers, list.Missing, err)
 	}
 }
 

@@ -102,7 +102,7 @@ func (s *Store) swept(ctx context.Context, res Result, err error, who map[bus.Us
 	if len(who) > 1 {
 		only = ""
 	}
-	lists, err := s.lists(ctx, byName[only])
+	lists, err := s.lists(ctx, byName[only], "")
 	if err != nil {
 		res.Swept = &Swept{Missing: []string{"servers that nobody names"}}
 	} else {

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"maps"
 	"net"
 	"slices"
 	"strconv"
@@ -33,11 +34,15 @@ func (q ConnectionQuery) selects(v *View, node string, k bus.UserKey, cid uint64
 	return ok && m.Status == bus.Present
 }
 
-// lists asks all servers for the connections of account BUS.
-func (s *Store) lists(ctx context.Context, user bus.UserKey) (sys.Lists, error) {
+// lists asks the servers for the connections of account BUS: all of them, or the
+// one of a node, whatever the others are doing.
+func (s *Store) lists(ctx context.Context, user bus.UserKey, node string) (sys.Lists, error) {
 	nodes, err := s.nodes(ctx, false)
 	if err != nil {
 		return sys.Lists{}, err
+	}
+	if slices.Contains(nodes, node) { // else whether there is such a server is to be seen from who answers
+		nodes = []string{node}
 	}
 	name := ""
 	if user != (bus.UserKey{}) {
@@ -51,21 +56,17 @@ func (s *Store) lists(ctx context.Context, user bus.UserKey) (sys.Lists, error) 
 			lists.Missing = slices.DeleteFunc(lists.Missing, func(n string) bool { return !slices.Contains(now, n) })
 		}
 	}
+	if node == "" {
+		return lists, nil
+	}
+	maps.DeleteFunc(lists.Whole, func(_ string, l *sys.Listing) bool { return l.Node != node })
+	if len(lists.Whole) == 0 && !slices.Contains(lists.Missing, node) {
+		// Of a name that is misspelt, no connections would read like a proof that
+		// there are none.
+		return sys.Lists{}, bus.E(bus.NotFound, "no server %s", node).WithHint("unibusctl cluster status")
+	}
+	lists.Missing = slices.DeleteFunc(lists.Missing, func(n string) bool { return n != node })
 	return lists, nil
-}
-
-// known refuses a node that neither answered nor holds a bucket: of a name that
-// is misspelt, no connections would read like a proof that there are none.
-func known(lists sys.Lists, node string) error {
-	if node == "" || slices.Contains(lists.Missing, node) {
-		return nil
-	}
-	for _, l := range lists.Whole {
-		if l.Node == node {
-			return nil
-		}
-	}
-	return bus.E(bus.NotFound, "no server %s", node).WithHint("unibusctl cluster status")
 }
 
 // KickDetail is what the audit says was to be closed; empty: all.
@@ -78,14 +79,12 @@ func KickDetail(node string, cid uint64) string {
 
 // Connections lists who is connected to the bus now, by node and connection
 // number, which are given once: whoever stays is found at the same place. A
-// server that does not answer in two seconds is Missing; that is no zero.
+// server that does not answer in two seconds is Missing; that is no zero. Of one
+// node only its own server is asked.
 // Connections of the servers' own users in account BUS are left out.
 func (s *Store) Connections(ctx context.Context, q ConnectionQuery) (bus.ConnectionList, error) {
-	lists, err := s.lists(ctx, q.User)
+	lists, err := s.lists(ctx, q.User, q.Node)
 	if err != nil {
-		return bus.ConnectionList{}, err
-	}
-	if err := known(lists, q.Node); err != nil {
 		return bus.ConnectionList{}, err
 	}
 	out := bus.ConnectionList{Connections: []bus.ConnectionInfo{}, Missing: lists.Missing}
@@ -147,11 +146,8 @@ func (s *Store) Kick(ctx context.Context, q ConnectionQuery) (Result, error) {
 	if !ok {
 		return Result{}, s.noUser(q.User)
 	}
-	lists, err := s.lists(ctx, q.User)
+	lists, err := s.lists(ctx, q.User, q.Node)
 	if err != nil {
-		return Result{}, err
-	}
-	if err := known(lists, q.Node); err != nil {
 		return Result{}, err
 	}
 	res := Result{Revision: revision, Swept: &Swept{}}

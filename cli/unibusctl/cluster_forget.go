@@ -67,10 +67,11 @@ func (a *app) clusterForget(c *cli.Context) error {
 		return err
 	}
 	defer nc.Close()
-	there, err := serversThere(ctx, nc)
+	answering, err := askServers(ctx, nc, 0)
 	if err != nil {
 		return err
 	}
+	there := names(answering)
 	if slices.Contains(there, node) {
 		return bus.E(bus.Conflict, "%s is there: the other servers hear it", node).WithHint("stop unibus-nats on %s first, if it is to be given up", node)
 	}
@@ -89,41 +90,6 @@ func (a *app) clusterForget(c *cli.Context) error {
 	fmt.Fprintf(a.out, "forgot %s: left are %s\n", node, strings.Join(there, ", "))
 	a.say("two nodes are no reserve: start a new one with an empty store directory soon")
 	return nil
-}
-
-// serversThere names the servers that answer.
-func serversThere(ctx context.Context, nc *nats.Conn) ([]string, error) {
-	inbox := nc.NewInbox()
-	sub, err := nc.SubscribeSync(inbox)
-	if err == nil {
-		err = nc.PublishRequest("$SYS.REQ.SERVER.PING", inbox, nil)
-	}
-	if err != nil {
-		return nil, bus.E(bus.Unavailable, "the servers cannot be asked: %w", err)
-	}
-	defer func() { _ = sub.Unsubscribe() }()
-	wait, cancel := context.WithTimeout(ctx, 2*time.Second) // nobody says how many there are
-	defer cancel()
-	var names []string
-	for {
-		m, err := sub.NextMsgWithContext(wait)
-		if err != nil {
-			break
-		}
-		var answer struct {
-			Server struct {
-				Name string `json:"name"`
-			} `json:"server"`
-		}
-		if json.Unmarshal(m.Data, &answer) == nil && answer.Server.Name != "" && !slices.Contains(names, answer.Server.Name) {
-			names = append(names, answer.Server.Name)
-		}
-	}
-	if ctx.Err() != nil {
-		return nil, ctx.Err()
-	}
-	slices.Sort(names)
-	return names, nil
 }
 
 // removePeer has the servers' leader take a node out of the cluster of

@@ -117,10 +117,7 @@ func reloadLine(r reloaded) string {
 
 // chosen is the order in which servers are reloaded.
 func chosen(named []string, there []serverState) ([]string, error) {
-	var all []string
-	for _, s := range there {
-		all = append(all, s.Name)
-	}
+	all := names(there)
 	if len(named) == 0 {
 		return all, nil
 	}
@@ -173,7 +170,7 @@ func (a *app) reloadOne(ctx context.Context, seed, node string) (r reloaded, err
 			j := slices.IndexFunc(now, func(s serverState) bool { return s.Name == node })
 			switch missing := r.Clients - clients(now); {
 			case missing > 0:
-				r.Dropped, why = max(r.Dropped, missing), fmt.Sprintf("%d clients are not back", missing)
+				r.Dropped, r.BackMS, why = max(r.Dropped, missing), 0, fmt.Sprintf("%d clients are not back", missing)
 			case r.Dropped > 0 && r.BackMS == 0:
 				r.BackMS = a.now().Sub(began).Milliseconds()
 			}
@@ -234,6 +231,13 @@ type serverState struct {
 	Clients  int
 }
 
+func names(servers []serverState) (out []string) {
+	for _, s := range servers {
+		out = append(out, s.Name)
+	}
+	return out
+}
+
 func clients(servers []serverState) (n int) {
 	for _, s := range servers {
 		n += s.Clients
@@ -291,6 +295,9 @@ func askServers(ctx context.Context, nc *nats.Conn, number int) ([]serverState, 
 		if !s.LoadedAt.IsZero() && s.Clients >= 0 {
 			whole++
 		}
+	}
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
 	}
 	if whole < max(number, 1) || whole < len(found) {
 		return nil, bus.E(bus.Unavailable, "%d of %d servers tell about themselves", whole, max(number, len(found), 1)).WithHint("unibusctl cluster status")

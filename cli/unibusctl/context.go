@@ -33,7 +33,7 @@ func (a *app) userContextCommand() *cli.Command {
 			"   nats --context unibus-alice sub 'room.ops.>'",
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "name", Usage: "`NAME` of the context; default unibus-<handle>"},
-			&cli.StringFlag{Name: "sys-seed", Usage: "`FILE` of the sys nkey; default: sys.nk beside the ops seed"},
+			a.sysSeedFlag(),
 			&cli.BoolFlag{Name: "select", Usage: "make it the context that nats uses by default"},
 		},
 		Action: a.userContext,
@@ -53,9 +53,9 @@ func (a *app) userContext(c *cli.Context) error {
 	case "ops":
 		label, seed, inbox = "ops", a.set.opsSeed, "_INBOX_ops"
 	case "sys":
-		label, seed, inbox = "sys", c.String("sys-seed"), "_INBOX_sys"
-		if seed == "" && a.set.opsSeed != "" {
-			seed = filepath.Join(filepath.Dir(a.set.opsSeed), "sys.nk")
+		label, inbox = "sys", "_INBOX_sys"
+		if seed, err = a.sysSeedOf(c); err != nil {
+			return err
 		}
 	default:
 		u, err := a.contextUser(c, arg[0])
