@@ -663,7 +663,9 @@ func TestAServerMissingFromAPageIsMissing(t *testing.T) {
 		"a": {Servers: "2/3", Missing: []string{"n3"}, Next: "b"},
 		"b": {Servers: "1/2", Missing: []string{"n2"}},
 	}
-	f := newFake(t, func(w http.ResponseWriter, r *http.Request) { _ = json.NewEncoder(w).Encode(pages[r.URL.Query().Get("after")]) })
+	f := newFake(t, func(w http.ResponseWriter, r *http.Request) {
+		_ = json.NewEncoder(w).Encode(pages[r.URL.Query().Get("after")])
+	})
 	list, err := newClient(t, f.URL).Connections(t.Context(), ConnectionQuery{})
 	if err != nil || list.Servers != "1/3" || !slices.Equal(list.Missing, []string{"n2", "n3"}) {
 		t.Errorf("servers %s, missing %v (%v)", list.Servers, list.Missing, err)
