@@ -92,6 +92,24 @@ func staticUsers() []staticUser {
 		cannotPub: append([]string{"notice.U", "_INBOX_authcallout.x", "sys.connz", "unibus.ack.a.b", "$JS.API.INFO", "$SYS.REQ.USER.INFO", "$KV.UNIBUS_users.x"}, beyondServices...),
 		cannotSub: append([]string{"notice.U.x", "_INBOX_membership.>"}, deafServices...),
 	}
+	rooms := staticUser{
+		name: "membership-bus",
+		publish: []string{
+			"store.ops.U.x", "store.ops.U.x.y", "feed.ops._tip", "$O.UNIBUS_blobs.C.x", "$SYS.REQ.USER.INFO", "$JS.API.INFO", "$JS.FC.ROOM_ops.c.x",
+			"$JS.API.STREAM.CREATE.ROOM_other", "$JS.API.STREAM.UPDATE.ROOM_other", "$JS.API.STREAM.INFO.ROOM_other", "$JS.API.STREAM.MSG.GET.ROOM_other",
+			"$JS.API.STREAM.DELETE.ROOM_other", "$JS.API.STREAM.PURGE.OBJ_UNIBUS_blobs", "$JS.API.DIRECT.GET.ROOM_other", "$JS.API.CONSUMER.CREATE.ROOM_other.x.store.other.U",
+		},
+		subscribe: []string{"_INBOX_membership.>", "room.ops.>", "room.*.>"},
+		cannotPub: []string{
+			"x", "room.ops.U.x", "feed.ops.U.x", "feed.ops._tip.x", "feed.ops.U", "store.ops.U", "notice.U.x", "_INBOX_UAAA.x", "_INBOX_membership.x", "sys.connz", "unibus.ack.a.b",
+			"$O.OTHER.x", "$KV.UNIBUS_users.x", "$JS.API.STREAM.NAMES", "$JS.API.STREAM.LIST", "$JS.API.STREAM.PURGE.ROOM_other", "$JS.API.STREAM.MSG.DELETE.ROOM_other",
+			"$JS.API.STREAM.RESTORE.ROOM_other", "$JS.API.STREAM.SNAPSHOT.ROOM_other", "$JS.API.STREAM.PEER.REMOVE.ROOM_other", "$JS.API.STREAM.LEADER.STEPDOWN.ROOM_other",
+			"$JS.API.CONSUMER.DURABLE.CREATE.ROOM_other.x", "$JS.ACK.ROOM_other.x.1.1.1.1.0", "$SYS.REQ.USER.AUTH", "$SYS.REQ.ACCOUNT.PING.CONNZ", "$SYS.REQ.SERVER.PING",
+		},
+		cannotSub: []string{
+			">", "*", "*.>", "room.>", "room.*", "_INBOX.>", "_INBOX_*.>", "_INBOX_authcallout.>", "feed.>", "feed.*.>", "store.>", "store.*.>", "notice.>", "$JS.>", "$SYS.>", "$O.>",
+		},
+	}
 	for _, stream := range kv.Streams() {
 		bucket, isBucket := strings.CutPrefix(stream.Name, "KV_")
 		follow := []string{
@@ -111,7 +129,7 @@ func staticUsers() []staticUser {
 		}
 	}
 	return []staticUser{
-		auth, callout, membership, notices,
+		auth, callout, membership, notices, rooms,
 		{name: "ops", publish: []string{"$JS.API.STREAM.NAMES", "$KV.UNIBUS_users.x", "sys.connz"}, subscribe: []string{">"}},
 		{name: "sys", publish: []string{"$SYS.REQ.SERVER.PING"}, subscribe: []string{">"}},
 	}

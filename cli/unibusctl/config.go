@@ -81,6 +81,7 @@ var keyFiles = []keyFile{
 	{"authcallout-ctrl", nkeys.PrefixByteUser, true},
 	{"authcallout-bus", nkeys.PrefixByteUser, true},
 	{"membership-ctrl", nkeys.PrefixByteUser, true},
+	{"membership-bus", nkeys.PrefixByteUser, true},
 	{"ops", nkeys.PrefixByteUser, false},
 	{"sys", nkeys.PrefixByteUser, false},
 	{"issuer", nkeys.PrefixByteAccount, true},

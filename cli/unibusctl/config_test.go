@@ -127,7 +127,7 @@ func TestRenderIsRepeatable(t *testing.T) {
 	}
 	for _, name := range []string{
 		"creds/issuer.nk", "creds/xkey.nk", "creds/authcallout-auth.nk", "creds/authcallout-ctrl.nk", "creds/authcallout-bus.nk",
-		"creds/membership-ctrl.nk", "tls/server.key", "tls/route.key", "tls/api.key", "nats/conf.d/secrets.conf",
+		"creds/membership-ctrl.nk", "creds/membership-bus.nk", "tls/server.key", "tls/route.key", "tls/api.key", "nats/conf.d/secrets.conf",
 	} {
 		if !strings.HasPrefix(first[name], "-rw-------\n") {
 			t.Errorf("%s is missing or has mode %.10s", name, first[name])

@@ -236,7 +236,7 @@ func plantedFaults() []planted {
 		{"callout in another account", edit(accountsConf, "    account: AUTH\n", "    account: BUS\n"), critical, accountsConf, "auth_callout.account is not AUTH"},
 		{"fewer auth_users than services", func(l *lintLab) {
 			l.edit(accountsConf, `      "`+l.publicKey("sys")+`"`, "")
-		}, critical, accountsConf, "lists 5 keys"},
+		}, critical, accountsConf, "lists 6 keys"},
 		{"static user missing in auth_users", func(l *lintLab) {
 			l.edit(accountsConf, `      "`+l.publicKey("sys")+`"`, "")
 		}, critical, accountsConf, "is in no auth_users"},

@@ -70,6 +70,7 @@ func leaveProcessors(getenv func(string) string) {
 type config struct {
 	node, natsURL, ca, creds string
 	adminListen, issuer      string
+	membership               string // nkey of membership in account BUS
 	lease, ttl               time.Duration
 	perUser                  int // connections
 	logFormat                string
@@ -94,6 +95,7 @@ func parseConfig(args []string, getenv func(string) string, stderr io.Writer) (c
 	fs.StringVar(&c.creds, "creds-dir", env("UNIBUS_CREDS_DIR", env("CREDENTIALS_DIRECTORY", "/etc/unibus/creds")), "directory of the seeds ($UNIBUS_CREDS_DIR, $CREDENTIALS_DIRECTORY)")
 	fs.StringVar(&c.adminListen, "admin-listen", env("UNIBUS_ADMIN_LISTEN", "127.0.0.1:9480"), "metrics and profiles, loopback only ($UNIBUS_ADMIN_LISTEN)")
 	fs.StringVar(&c.issuer, "issuer", env("UNIBUS_ISSUER", ""), "public key that issuer.nk must have ($UNIBUS_ISSUER)")
+	fs.StringVar(&c.membership, "membership-key", env("UNIBUS_MEMBERSHIP_KEY", ""), "public key of membership-bus.nk, whose connections are nobody's to close ($UNIBUS_MEMBERSHIP_KEY)")
 	fs.StringVar(&lease, "lease", env("UNIBUS_LEASE", "10s"), "how long a barrier allows decisions, 1s to 10s ($UNIBUS_LEASE)")
 	fs.StringVar(&ttl, "user-ttl", env("UNIBUS_USER_TTL", "12h"), "how long a session lives at most ($UNIBUS_USER_TTL)")
 	fs.StringVar(&perUser, "user-connections", env("UNIBUS_USER_CONNECTIONS", strconv.Itoa(callout.DefaultUserConnections)), "connections a user may hold; beyond it the oldest are closed ($UNIBUS_USER_CONNECTIONS)")
@@ -121,6 +123,8 @@ func parseConfig(args []string, getenv func(string) string, stderr io.Writer) (c
 		return c, fmt.Errorf("user connections %q is not a number from 1", perUser)
 	case c.logFormat != "text" && c.logFormat != "json":
 		return c, fmt.Errorf("log format %q is not text or json", c.logFormat)
+	case c.membership != "" && !nkeys.IsValidPublicUserKey(c.membership):
+		return c, fmt.Errorf("membership key %q is no public key of a user (U...)", c.membership)
 	case c.node == "":
 		return c, errors.New("the node has no name; set UNIBUS_NODE")
 	case err3 != nil || ip == nil || !ip.IsLoopback():

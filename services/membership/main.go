@@ -79,7 +79,7 @@ func parseConfig(args []string, getenv func(string) string, stderr io.Writer) (c
 	fs.StringVar(&c.node, "node", env("UNIBUS_NODE", ""), "name of this node ($UNIBUS_NODE)")
 	fs.StringVar(&c.natsURL, "nats-url", env("UNIBUS_NATS_URL", "tls://127.0.0.1:4250"), "this node's nats-server ($UNIBUS_NATS_URL)")
 	fs.StringVar(&c.ca, "ca", env("UNIBUS_CA", "/etc/unibus/tls/client-ca.crt"), "client CA ($UNIBUS_CA)")
-	fs.StringVar(&c.creds, "creds-dir", env("UNIBUS_CREDS_DIR", env("CREDENTIALS_DIRECTORY", "/etc/unibus/creds")), "directory of membership-ctrl.nk ($UNIBUS_CREDS_DIR, $CREDENTIALS_DIRECTORY)")
+	fs.StringVar(&c.creds, "creds-dir", env("UNIBUS_CREDS_DIR", env("CREDENTIALS_DIRECTORY", "/etc/unibus/creds")), "directory of membership-ctrl.nk and membership-bus.nk ($UNIBUS_CREDS_DIR, $CREDENTIALS_DIRECTORY)")
 	fs.StringVar(&c.listen, "listen", env("UNIBUS_LISTEN", "0.0.0.0:8470"), "HTTPS address ($UNIBUS_LISTEN)")
 	fs.StringVar(&c.adminListen, "admin-listen", env("UNIBUS_ADMIN_LISTEN", "127.0.0.1:9470"), "metrics and profiles, loopback only ($UNIBUS_ADMIN_LISTEN)")
 	fs.StringVar(&c.cert, "api-cert", env("UNIBUS_API_CERT", "/etc/unibus/tls/api.crt"), "certificate ($UNIBUS_API_CERT)")
@@ -205,6 +205,14 @@ func run(ctx context.Context, args []string, getenv func(string) string, stderr 
 		return fail(log, exitConfig, err)
 	}
 	defer nc.Close()
+	rooms, err := kv.Connect(kv.Link{
+		URL: c.natsURL, SeedFile: filepath.Join(c.creds, "membership-bus.nk"), CAFile: c.ca,
+		Name: "unibus-membership " + c.node, Inbox: "_INBOX_membership", Timeout: 5 * time.Second,
+	})
+	if err != nil {
+		return fail(log, exitConfig, err)
+	}
+	defer rooms.Close()
 	view, err := kv.NewView(kv.ViewConfig{Conn: nc, Service: "membership", Node: c.node, Lease: c.lease, Log: log, EncryptionKeys: true})
 	if err != nil {
 		return fail(log, exitConfig, err)
@@ -239,7 +247,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stderr 
 		return fail(log, exitUnavailable, err)
 	}
 	return serve(ctx, c, log, parts{
-		nc: nc, view: view, store: store, audit: audit, health: health, certs: certs, registry: registry,
+		nc: nc, rooms: rooms, view: view, store: store, audit: audit, health: health, certs: certs, registry: registry,
 		server: server, ln: ln, admin: admin,
 	})
 }

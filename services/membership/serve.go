@@ -29,6 +29,7 @@ const certificatesEvery = 5 * time.Second
 // parts are the pieces that live as long as the process.
 type parts struct {
 	nc       *nats.Conn
+	rooms    *nats.Conn // account BUS: durable rooms and blobs
 	view     *kv.View
 	store    *kv.Store
 	audit    *kv.Audit
