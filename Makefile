@@ -37,7 +37,7 @@ ours:
 	cd cli/unibusctl && $(GO_BUILD) -o $(BIN)/unibusctl .
 	cd services/membership && $(GO_BUILD) -o $(BIN)/unibus-membership .
 	cd services/authcallout && $(GO_BUILD) -o $(BIN)/unibus-authcallout .
-	cd test && $(GO_BUILD) -o $(BIN)/unibus-local ./cmd/unibus-local
+	cd test && $(GO_BUILD) -o $(BIN)/ ./cmd/unibus-local ./cmd/unibus-load
 
 .PHONY: up down status demo
 up: build ## Start the local three-node cluster in .run/ (does nothing if it runs)

@@ -29,7 +29,7 @@ for program in systemd-nspawn debootstrap ip ssh ssh-keygen rsync; do
 	command -v "$program" >/dev/null ||
 		skip "there is no $program (Debian: apt-get install systemd-container debootstrap iproute2 openssh-client rsync)"
 done
-for program in unibusctl unibus-membership unibus-authcallout nats-server nats; do
+for program in unibusctl unibus-membership unibus-authcallout unibus-load nats-server nats; do
 	[[ -x $bin/$program ]] || fail "bin/$program is missing: make build"
 done
 

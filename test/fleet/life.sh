@@ -71,11 +71,34 @@ life() {
 	step "first admin, a user, a room; she talks over every node"
 
 	staging_leaves_alone
+	load_begins
 	rollouts
+	load_ends
 	stops
+	partition
+	replacement
 	planted_after
 	for n in 1 2 3; do on "$n" 'systemctl is-active neighbour' >/dev/null || fail "another service of n$n was disturbed"; done
 	step "done"
+}
+
+# A load of stock clients that reconnect by themselves, all over the cluster.
+load_begins() {
+	ctl identity new --out "$work/load.nk" >/dev/null 2>&1
+	ctl user add --handle load --sign-pub "$(ctl identity show "$work/load.nk" --json | grep -o 'U[A-Z2-7]\{55\}')" --role member >/dev/null
+	ctl room add ops load --role writer >/dev/null
+	ip netns exec "$id-op" "$bin/unibus-load" --nats-url "$nats" --ca "$work/pki/client-ca.crt" --identity "$work/load.nk" --room ops \
+		--clients 30 >"$work/load.json" 2>"$work/load.err" &
+	loader=$!
+	within 20 grep -q 'clients talk' "$work/load.err"
+}
+
+# Nobody was lost for good and nobody was told no; the gap is reported.
+load_ends() {
+	kill -TERM "$loader"
+	wait "$loader" || fail "clients were lost: $(cat "$work/load.json" "$work/load.err")"
+	grep -q '"denials":0,' "$work/load.json" || fail "clients were denied: $(<"$work/load.json")"
+	step "the load: $(<"$work/load.json")"
 }
 
 all_stopped() { [[ $(on "$1" 'systemctl is-active unibus-nats unibus-authcallout unibus-membership' | sort -u) == inactive ]]; }
@@ -229,6 +252,66 @@ stops() {
 	within 60 healthy 1
 	within 30 units_active 1
 	step "killed services are back"
+}
+
+inside() { ip netns exec "$id-n$1" env -i HOME="$work" PATH="$bin:/usr/bin:/bin" "${@:2}"; }
+serves_inside() { inside "$1" curl -sf -m 5 --cacert "$work/pki/client-ca.crt" "https://10.77.0.$1:8470/healthz"; }
+silent_inside() { ! serves_inside "$1" >/dev/null; }
+connections() { ctl conn list --user "$1" --json | grep -c '"cid"' || true; }
+no_connections() { [[ $(connections "$1") == 0 ]]; }
+
+# One node is cut off, with its clients. It admits nobody once its lease has run
+# out; what is taken away meanwhile is proven when the cut has healed.
+partition() {
+	local bob cut code
+	ctl identity new --out "$work/bob.nk" >/dev/null 2>&1
+	bob=$(ctl identity show "$work/bob.nk" --json | grep -o 'U[A-Z2-7]\{55\}')
+	ctl user add --handle bob --sign-pub "$bob" --role member >/dev/null
+	ctl room add ops bob --role reader >/dev/null
+	inside 3 nats --server tls://10.77.0.3:4250 --tlsca "$work/pki/client-ca.crt" --nkey "$work/bob.nk" --inbox-prefix "_INBOX_$bob" \
+		sub 'room.ops.>' >"$work/bob" 2>&1 &
+	listener=$!
+	within 20 grep -q Subscribing "$work/bob"
+	[[ $(connections bob) == 1 ]] || fail "bob is not seen as connected"
+	ip -n "$id-sw" link set n3 down
+	cut=$SECONDS
+	within 20 silent_inside 3
+	step "n3 cut off: it says 503 after $((SECONDS - cut)) s"
+	# A client beside it is not told no, and not let in.
+	! inside 3 nats --timeout 3s --server tls://10.77.0.3:4250 --tlsca "$work/pki/client-ca.crt" --nkey "$work/alice.nk" \
+		--inbox-prefix "_INBOX_$alice" pub "room.ops.$alice.cut" x >"$work/seen" 2>&1 || fail "a node that is cut off admits"
+	{ healthy 1 && healthy 2; } >/dev/null || fail "the others do not serve"
+	code=0
+	ctl user revoke bob --yes >"$work/seen" 2>&1 || code=$?
+	{ [[ $code == 3 ]] && grep -q 'n3' "$work/seen"; } || fail "a revoke with n3 cut off: exit $code, $(<"$work/seen")"
+	kill -0 "$listener" || fail "bob's client on the node that is cut off ended"
+	ip -n "$id-sw" link set n3 up
+	cut=$SECONDS
+	within 60 serves_inside 3 >/dev/null
+	within 10 ctl user revoke bob --yes
+	no_connections bob || fail "bob still has a connection after the proof"
+	step "healed: n3 serves after $((SECONDS - cut)) s, and bob's session there is gone"
+	kill "$listener" 2>/dev/null || true
+	within 30 alice_talks 3
+}
+
+# A node whose disk is gone is replaced by an empty machine under its name.
+replacement() {
+	local lost=$SECONDS
+	power_off 3
+	umount "$work/n3/root" 2>/dev/null || true
+	rm -rf --one-file-system "$work/n3"
+	sed -i '/^10\.77\.0\.3 /d' "$work/known_hosts"
+	machine 3
+	boot 3
+	within 60 on 3 true
+	deploy stage --node n3 --yes >/dev/null 2>&1
+	deploy start --node n3 --yes >/dev/null
+	within 120 healthy 3
+	within 60 ctl cluster wait
+	within 60 ctl cluster gate --inventory "$work/nodes.env" --sys-seed "$work/secrets/sys.nk"
+	within 30 alice_talks 3
+	step "n3 replaced by an empty machine in $((SECONDS - lost)) s: it holds everything again"
 }
 
 # What must not do harm to a cluster that runs.
