@@ -525,6 +525,9 @@ func TestEnforceMany(t *testing.T) {
 		people[n] = w.addUser(fmt.Sprintf("p%d", n))
 		w.join("all", people[n], bus.Writer)
 		conns[n] = w.rawEverywhere(people[n])
+		for _, c := range conns[n] {
+			c.KeepAlive()
+		}
 	}
 	stop, killed := make(chan struct{}), make(chan int)
 	go func() { killed <- w.killCallouts(stop, kills) }()

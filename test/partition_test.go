@@ -69,6 +69,9 @@ func (pt *partition) once(t *testing.T, n int, how cluster.Cut, apart time.Durat
 		gone = append(gone, w.connectRaw(i, revoked), w.connectRaw(i, removed))
 		kept = append(kept, w.connectRaw(i, stays))
 	}
+	for _, c := range slices.Concat(stale, kept) {
+		c.KeepAlive()
+	}
 
 	w.Cut(cut, how)
 	began := time.Now()
@@ -86,10 +89,15 @@ func (pt *partition) once(t *testing.T, n int, how cluster.Cut, apart time.Durat
 	}
 	wantClosed(t, gone...)
 	wantOpen(t, kept...)
+	tries, unanswered := 0, 0
 	for time.Since(began) < apart {
 		for _, i := range others {
-			if v, err := w.attempt(i, stays); v == refused {
+			v, err := w.attempt(i, stays)
+			if v == refused {
 				t.Errorf("n%d of the majority refused a member: %v", i, err)
+			}
+			if tries++; v == silent {
+				unanswered++
 			}
 			if v, _ := w.attempt(i, revoked); v == admitted {
 				t.Errorf("n%d of the majority admitted a revoked user", i)
@@ -97,6 +105,7 @@ func (pt *partition) once(t *testing.T, n int, how cluster.Cut, apart time.Durat
 		}
 		hold(t.Context(), 200*time.Millisecond)
 	}
+	t.Logf("of %d attempts at the majority %d had no answer", tries, unanswered)
 	w.waitAdmits(stays, others...)
 	for i, c := range stale { // the limit that the threat model states; else the rest would prove nothing
 		if err := c.Flush(); err != nil {

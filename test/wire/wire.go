@@ -17,6 +17,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nkeys"
@@ -37,7 +38,8 @@ type Message struct {
 	Header, Payload     string
 }
 
-// Conn is one connection. It is not safe for concurrent use.
+// Conn is one connection. It is not safe for concurrent use, but for Flush and
+// Close.
 type Conn struct {
 	Info     Info
 	Messages []Message // delivered so far
@@ -45,6 +47,9 @@ type Conn struct {
 	r        *bufio.Reader
 	timeout  time.Duration
 	pending  []string // -ERR lines not yet taken
+	flushing sync.Mutex
+	closed   chan struct{}
+	closing  sync.Once
 }
 
 // ErrDenied is the server's refusal of a connection or an operation.
@@ -76,7 +81,7 @@ func Dial(url string, trust *tls.Config, timeout time.Duration) (*Conn, error) {
 // Over is Dial on a connection that has been made already; on an error it is
 // closed.
 func Over(raw net.Conn, trust *tls.Config, timeout time.Duration) (_ *Conn, err error) {
-	c := &Conn{conn: raw, r: bufio.NewReader(raw), timeout: timeout}
+	c := &Conn{conn: raw, r: bufio.NewReader(raw), timeout: timeout, closed: make(chan struct{})}
 	_ = raw.SetDeadline(time.Now().Add(timeout))
 	line, err := c.r.ReadString('\n')
 	if err == nil {
@@ -95,7 +100,26 @@ func Over(raw net.Conn, trust *tls.Config, timeout time.Duration) (_ *Conn, err 
 }
 
 // Close closes the connection.
-func (c *Conn) Close() { _ = c.conn.Close() }
+func (c *Conn) Close() {
+	c.closing.Do(func() { close(c.closed) })
+	_ = c.conn.Close()
+}
+
+// KeepAlive flushes now and then until Close, since a server gives up whoever
+// answers none of its pings: after 40 to 60 s, as ours are configured.
+func (c *Conn) KeepAlive() {
+	go func() {
+		for again := time.NewTicker(10 * time.Second); ; {
+			select {
+			case <-c.closed:
+				again.Stop()
+				return
+			case <-again.C:
+				_ = c.Flush() // whoever looks at the connection will see
+			}
+		}
+	}()
+}
 
 // Connect sends CONNECT with the given fields and waits for the verdict: nil
 // when admitted, an error wrapping ErrDenied when refused, any other error when
@@ -130,6 +154,8 @@ func Proof(kp nkeys.KeyPair, nonce string) map[string]any {
 // Flush sends PING and waits for PONG. A -ERR on the way is returned wrapped in
 // ErrDenied; messages on the way are kept.
 func (c *Conn) Flush() error {
+	c.flushing.Lock()
+	defer c.flushing.Unlock()
 	if err := c.write("PING\r\n"); err != nil {
 		return c.verdict(err)
 	}
