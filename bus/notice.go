@@ -12,11 +12,13 @@ const (
 	NoticeArchived       NoticeKind = "archived"       // the room is no more
 	NoticeRekey          NoticeKind = "rekey"          // the room has another key
 	NoticeReauthenticate NoticeKind = "reauthenticate" // a new connection may do more than the one there is
+	NoticeRevoked        NoticeKind = "revoked"        // the user is, for good; their connections are about to be closed
 )
 
 // Notice is what is told on notice.<U>.<kind>. It is a hint and nothing else:
 // nobody signs it, it grants nothing, it may be lost or come twice, and whoever
-// forges one makes its reader ask once more.
+// forges one makes its reader ask once more. Revoked counts with the refusal that
+// follows it, and not without.
 type Notice struct {
 	V       int      `json:"v"`
 	Room    RoomID   `json:"room,omitempty"`

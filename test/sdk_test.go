@@ -48,6 +48,7 @@ func TestSDK(t *testing.T) {
 	t.Run("a slow handler", w.sdkSlowHandler)
 	t.Run("removal", w.sdkRemoval)
 	t.Run("refused", w.sdkRefused)
+	t.Run("revoked", w.sdkRevoked)
 	t.Run("a dead server", w.sdkDeadServer)
 }
 
@@ -428,7 +429,7 @@ func (w *world) sdkRefused(t *testing.T) {
 	}
 	status(sdk.Refused)
 	cluster.Hold(t, 3*time.Second, "it stays refused", func() error { // two refusals end a stock client
-		if s := conn.Status(); s == sdk.Connected || s == sdk.Closed {
+		if s := conn.Status(); s == sdk.Connected || s == sdk.Closed || s == sdk.Revoked {
 			return fmt.Errorf("%s", s)
 		}
 		return nil
@@ -441,6 +442,40 @@ func (w *world) sdkRefused(t *testing.T) {
 	defer cancel()
 	if _, err := sdk.Dial(ctx, sdk.DialConfig{URLs: []string{w.NATSURL(1)}, TLS: w.trust, Identity: newPerson(t, "nobody")}); bus.CodeOf(err) != bus.Unauthenticated {
 		t.Errorf("a stranger: %v", err)
+	}
+}
+
+// sdkRevoked revokes people who are connected: their programs are refused, and
+// those that have heard that it is for good, as good as all, give up and say so.
+func (w *world) sdkRevoked(t *testing.T) {
+	const people = 9
+	var conns []*sdk.Conn
+	for n := range people {
+		p := w.addUser(fmt.Sprintf("v-revoked-%d", n))
+		conns = append(conns, w.dial(t, p, func(cfg *sdk.DialConfig) { cfg.URLs = []string{w.NATSURL(n%3 + 1)} }))
+		if _, err := w.store.RevokeUser(t.Context(), p.key); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var gaveUp []int
+	for n, c := range conns {
+		cluster.WaitFor(t, 15*time.Second, "the program to be refused", func() error {
+			if s := c.Status(); s != sdk.Revoked && s != sdk.Refused {
+				return fmt.Errorf("%s", s)
+			}
+			return nil
+		})
+		if c.Status() != sdk.Revoked {
+			continue
+		}
+		gaveUp = append(gaveUp, n)
+		if err := c.Publish(t.Context(), "any", "x", nil); bus.CodeOf(err) != bus.Unauthenticated {
+			t.Errorf("published: %v", err)
+		}
+	}
+	t.Logf("%d of %d programs gave up: %v", len(gaveUp), people, gaveUp)
+	if len(gaveUp) < people-2 { // a machine that is busy loses one now and then
+		t.Errorf("only %v of %d have heard that it is for good", gaveUp, people)
 	}
 }
 

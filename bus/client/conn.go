@@ -62,6 +62,7 @@ const (
 	Connected    Status = "connected"
 	Disconnected Status = "disconnected" // trying again; servers or network are away
 	Refused      Status = "refused"      // trying again; the servers do not let this identity in
+	Revoked      Status = "revoked"      // for good: nothing is tried any more. Only Closed follows
 	Closed       Status = "closed"       // by Close
 )
 
@@ -90,6 +91,7 @@ type Conn struct {
 
 	refresh chan struct{} // rooms are to be asked for
 	again   chan struct{} // the connection is to be authenticated anew
+	revoked chan struct{} // closed when Status is Revoked
 
 	mu     sync.Mutex
 	live   *line
@@ -97,6 +99,7 @@ type Conn struct {
 	status Status
 	moved  chan struct{} // closed when status changes
 	rooms  []bus.RoomGrant
+	doomed bool        // a notice says that the user is revoked
 	tell   chan func() // what the caller is told, in order
 
 	publishing sync.RWMutex // held to publish; locked while a handover flushes
@@ -105,9 +108,11 @@ type Conn struct {
 // Dial connects to the bus and returns when the connection stands, or with an
 // error when ctx ends: Unavailable if no server could be reached, and
 // Unauthenticated if they do not let the identity in. The connection then keeps
-// itself up until Close. It never gives up: one constant refusal is all that a
-// server says to who is suspended, revoked, unknown or early, and whoever is let
-// in again finds the program alive; Status tells.
+// itself up until Close. It does not give up over refusals: one constant refusal
+// is all that a server says to who is suspended, revoked, unknown or early, and
+// whoever is let in again finds the program alive; Status tells. It gives up if
+// it hears that its user is revoked, which is final, and is then refused. That is
+// heard at best, by who is connected at that moment.
 //
 // What a user may do is fixed when a connection is made. When it grows, the
 // servers hint, and the Conn makes a second connection with the new rights,
@@ -130,7 +135,7 @@ func Dial(ctx context.Context, cfg DialConfig) (*Conn, error) {
 	run, stop := context.WithCancel(context.WithoutCancel(ctx)) // it outlives Dial
 	c := &Conn{
 		cfg: cfg, key: cfg.Identity.Key(), log: cfg.Log, stop: stop,
-		refresh: make(chan struct{}, 1), again: make(chan struct{}, 1),
+		refresh: make(chan struct{}, 1), again: make(chan struct{}, 1), revoked: make(chan struct{}),
 		subs: map[*Subscription]struct{}{}, moved: make(chan struct{}), tell: make(chan func(), 64), status: Disconnected,
 	}
 	first, err := c.open(ctx, "")
@@ -274,6 +279,10 @@ func (c *Conn) hinted(l *line) {
 // told of a room can use it.
 func (c *Conn) noticed(m *nats.Msg) {
 	switch m.Subject {
+	case bus.NoticeSubject(c.key, bus.NoticeRevoked):
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.doomed = true
 	case bus.NoticeSubject(c.key, bus.NoticeAdded), bus.NoticeSubject(c.key, bus.NoticeRole), bus.NoticeSubject(c.key, bus.NoticeReauthenticate):
 		poke(c.again)
 	default:
@@ -289,6 +298,9 @@ func (c *Conn) lost(l *line) {
 
 func (c *Conn) back(l *line) {
 	if c.current(l) {
+		c.mu.Lock()
+		c.doomed = false // who is let in was not revoked
+		c.mu.Unlock()
 		c.now(Connected)
 		poke(c.refresh)
 	}
@@ -301,18 +313,35 @@ func (c *Conn) failed(l *line, err error) {
 	switch {
 	case !c.current(l):
 	case errors.Is(err, nats.ErrAuthorization), errors.Is(err, nats.ErrAuthExpired), errors.Is(err, nats.ErrAuthRevoked):
-		c.now(Refused)
+		c.refused(l)
 	case errors.Is(err, nats.ErrPermissionViolation):
 		poke(c.refresh)
 	}
 }
 
-// now changes the status, and tells.
-func (c *Conn) now(s Status) {
+// refused: a server does not let us in. That alone may be over tomorrow, and a
+// notice alone may be forged by who has a key of the services; both mean for good.
+func (c *Conn) refused(l *line) {
+	c.mu.Lock()
+	doomed := c.doomed
+	c.mu.Unlock()
+	if !doomed {
+		c.now(Refused)
+		return
+	}
+	if c.now(Revoked) {
+		close(c.revoked)
+		l.nc.Close()
+	}
+}
+
+// now changes the status, and tells; it reports whether there was anything to
+// change.
+func (c *Conn) now(s Status) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.status == s || c.status == Closed {
-		return
+	if c.status == s || c.status == Closed || c.status == Revoked && s != Closed {
+		return false
 	}
 	c.status = s
 	close(c.moved)
@@ -320,6 +349,7 @@ func (c *Conn) now(s Status) {
 	if c.cfg.OnStatus != nil {
 		c.say(func() { c.cfg.OnStatus(s) })
 	}
+	return true
 }
 
 // say leaves something to tell the caller; it needs mu. A caller who does not
@@ -371,6 +401,8 @@ func (c *Conn) renewing(ctx context.Context) {
 	for {
 		select {
 		case <-ctx.Done():
+			return
+		case <-c.revoked:
 			return
 		case <-c.again:
 		}
@@ -496,6 +528,8 @@ func (c *Conn) asking(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
+		case <-c.revoked:
+			return
 		case <-c.refresh:
 		}
 		if c.cfg.API == nil {
@@ -564,6 +598,10 @@ func (c *Conn) Flush(ctx context.Context) error {
 	return c.withLive(ctx, func() error { return c.line().FlushWithContext(ctx) })
 }
 
+func errRevoked(k bus.UserKey) error {
+	return bus.E(bus.Unauthenticated, "%s is revoked, for good", k).WithHint("unibusctl user show %s", k)
+}
+
 // line is the connection that stands.
 func (c *Conn) line() *nats.Conn {
 	c.mu.Lock()
@@ -583,6 +621,8 @@ func (c *Conn) withLive(ctx context.Context, do func() error) error {
 			return nil
 		case status == Closed:
 			return bus.E(bus.Unavailable, "the connection is closed")
+		case status == Revoked:
+			return errRevoked(c.key)
 		case ctx.Err() != nil:
 			return bus.E(bus.Unavailable, "no server can be reached: %w", errors.Join(ctx.Err(), err)).WithHint("unibusctl cluster status")
 		case errors.Is(err, nats.ErrMaxPayload):

@@ -9,7 +9,9 @@ import (
 	"fmt"
 	"net"
 	"runtime"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -42,6 +44,18 @@ func (w *watched) saw() []string {
 // in. What real servers do is tested with real ones.
 func stranger(t *testing.T, nonce string) (url string, trust *tls.Config) {
 	t.Helper()
+	return scripted(t, nonce, func(say func(string), line string) bool {
+		if line == "PING" {
+			say("PONG")
+		}
+		return true
+	})
+}
+
+// scripted is one that answers the lines of its clients as a test says, until
+// it is told to hang up.
+func scripted(t *testing.T, nonce string, answer func(say func(string), line string) bool) (url string, trust *tls.Config) {
+	t.Helper()
 	f := newFake(t, nil) // for its certificate
 	quoted, err := json.Marshal(nonce)
 	if err != nil {
@@ -62,10 +76,8 @@ func stranger(t *testing.T, nonce string) (url string, trust *tls.Config) {
 				defer func() { _ = plain.Close() }()
 				_, _ = fmt.Fprintf(plain, "INFO {\"server_id\":\"NX\",\"version\":\"2.15.2\",\"proto\":1,\"headers\":true,\"max_payload\":1048576,\"tls_required\":true,\"nonce\":%s}\r\n", quoted)
 				c := tls.Server(plain, &tls.Config{Certificates: f.TLS.Certificates, MinVersion: tls.VersionTLS12})
-				for lines := bufio.NewScanner(c); lines.Scan(); {
-					if lines.Text() == "PING" {
-						_, _ = fmt.Fprint(c, "PONG\r\n")
-					}
+				say := func(s string) { _, _ = fmt.Fprint(c, s+"\r\n") }
+				for lines := bufio.NewScanner(c); lines.Scan() && answer(say, lines.Text()); {
 				}
 			})
 		}
@@ -157,5 +169,98 @@ func TestCloseLeavesNothing(t *testing.T) {
 			buf := make([]byte, 1<<20)
 			t.Fatalf("%d goroutines became %d:\n%s", before, runtime.NumGoroutine(), buf[:runtime.Stack(buf, true)])
 		}
+	}
+}
+
+// Only a notice and a refusal together mean that it is over for good. Whoever is
+// refused without having been told goes on trying, and so does who was told, let
+// in all the same, and refused later.
+func TestOnlyWhoIsToldAndRefusedGivesUp(t *testing.T) {
+	for name, tt := range map[string]struct {
+		told bool
+		from int64 // the connect from which on it is refused
+		want Status
+	}{
+		"told and refused":        {true, 2, Revoked},
+		"refused":                 {false, 2, Refused},
+		"told, and refused later": {true, 3, Refused},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			id := newIdentity(t)
+			var connects, pings atomic.Int64
+			refusals := make(chan struct{}, 1000)
+			url, trust := scripted(t, "Zm9vYmFyLTEyMw", func(say func(string), line string) bool {
+				switch {
+				case strings.HasPrefix(line, "CONNECT "):
+					pings.Store(0)
+					if connects.Add(1) >= tt.from {
+						say("-ERR 'Authorization Violation'")
+						refusals <- struct{}{}
+						return false
+					}
+				case strings.HasPrefix(line, "SUB notice.") && connects.Load() == 1 && tt.told:
+					say("MSG " + bus.NoticeSubject(id.Key(), bus.NoticeRevoked) + " " + line[strings.LastIndexByte(line, ' ')+1:] + " 7\r\n{\"v\":1}")
+				case line == "PING":
+					say("PONG")
+					return pings.Add(1) == 1 // it hangs up on who asks again
+				}
+				return true
+			})
+			status := make(chan Status, 100)
+			c, err := Dial(t.Context(), DialConfig{URLs: []string{url}, TLS: trust, Identity: id, OnStatus: func(s Status) { status <- s }})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			wait := func(want Status) {
+				t.Helper()
+				late := time.After(10 * time.Second)
+				for {
+					select {
+					case s := <-status:
+						if s == want {
+							return
+						}
+						if s == Revoked {
+							t.Fatal("it has given up")
+						}
+					case <-late:
+						t.Fatalf("status %s, want %s", c.Status(), want)
+					}
+				}
+			}
+			wait(Connected)
+			for range tt.from - 2 {
+				_ = c.line().Flush()
+				wait(Connected)
+			}
+			_ = c.line().Flush()
+			wait(tt.want)
+			<-refusals
+			if tt.want == Refused {
+				for range 3 {
+					<-refusals
+				}
+				if s := c.Status(); s == Revoked {
+					t.Error("it has given up")
+				}
+				return
+			}
+			select {
+			case <-refusals:
+				t.Error("it tries again")
+			case <-time.After(500 * time.Millisecond):
+			}
+			if err := c.Publish(t.Context(), "ops", "x", nil); bus.CodeOf(err) != bus.Unauthenticated {
+				t.Errorf("published: %v", err)
+			}
+			if err := c.Flush(t.Context()); bus.CodeOf(err) != bus.Unauthenticated {
+				t.Errorf("flushed: %v", err)
+			}
+			if _, err := c.Subscribe("ops", func(Message) {}); bus.CodeOf(err) != bus.Unauthenticated {
+				t.Errorf("subscribed: %v", err)
+			}
+		})
 	}
 }

@@ -44,6 +44,9 @@ func (c *Conn) Subscribe(room bus.RoomID, handler func(Message)) (*Subscription,
 	if c.status == Closed {
 		return nil, bus.E(bus.Unavailable, "the connection is closed")
 	}
+	if c.status == Revoked {
+		return nil, errRevoked(c.key)
+	}
 	if s.sub, err = s.on(c.live.nc); err != nil {
 		return nil, bus.E(bus.Unavailable, "not subscribed: %w", err)
 	}

@@ -27,6 +27,9 @@ const (
 	// kickPatience is how long the acknowledgement of a change waits for a
 	// server that does not answer.
 	kickPatience = time.Second
+	// noticePatience is how long a kick waits for the notice before it to have
+	// left.
+	noticePatience = 50 * time.Millisecond
 	// capPause is how often one user's cap is enforced: clients that reconnect
 	// by themselves would else make the cluster spin.
 	capPause = time.Second
@@ -61,6 +64,8 @@ type Enforcer struct {
 	cfg      EnforcerConfig
 	view     enforcedView
 	send     func(subject, reply string, data []byte) error // in account CTRL
+	publish  func(subject string, data []byte) error        // in account BUS; may be nil
+	flush    func()                                         // returns when the own server has what was published, or has had its time
 	services map[string]bool
 	inbox    string // kicks are answered at <inbox>.<number>
 	capped   chan *session
@@ -81,6 +86,7 @@ type Enforcer struct {
 	boots    map[string]bool                // authcallouts that held a lease when last counted
 	departed time.Time                      // when one of them was last found gone
 	run      []func()                       // what the holder of mu leaves to do without it
+	closing  *[]func()                      // kicks that wait for flush; nil: none do
 }
 
 // enforcedView is what an Enforcer asks of a View.
@@ -99,6 +105,10 @@ func NewEnforcer(cfg EnforcerConfig) *Enforcer {
 	e := &Enforcer{
 		cfg: cfg, view: cfg.View, send: cfg.Control.PublishRequest, services: map[string]bool{}, capped: make(chan *session, 1024), wake: make(chan struct{}, 1),
 		table: newConnections(), kicks: map[uint64]*kick{}, deferred: map[*settled]func(kv.Enforced){}, silent: map[string]bool{},
+	}
+	if cfg.Notices != nil {
+		e.publish = cfg.Notices.Publish
+		e.flush = func() { _ = cfg.Notices.FlushTimeout(noticePatience) }
 	}
 	for _, k := range cfg.Services {
 		e.services[k] = true
@@ -364,7 +374,22 @@ func (e *Enforcer) judge(u *session, why string) {
 	}
 	before := u.judged
 	u.judged = a
-	e.narrow(u, before, a)
+	if e.narrow(u, before, a) {
+		// What follows goes the same way through the cluster, a moment behind it.
+		var kicks []func()
+		e.closing = &kicks
+		defer func() {
+			e.closing = nil
+			e.run = append(e.run, func() {
+				go func() {
+					e.flush()
+					for _, kick := range kicks {
+						kick()
+					}
+				}()
+			})
+		}()
+	}
 	for _, c := range u.open {
 		switch {
 		case c.kick != nil, c.admitted == a && out.allow:
@@ -484,7 +509,11 @@ func (e *Enforcer) kick(c *connection, why string) {
 	if why != "cap" {
 		e.sweepOn()
 	}
-	e.run = append(e.run, func() {
+	todo := &e.run
+	if e.closing != nil {
+		todo = e.closing
+	}
+	*todo = append(*todo, func() {
 		subject, body := sys.KickRequest(c.id.server.id, c.id.cid)
 		reply := e.inbox + "." + strconv.FormatUint(k.number, 10)
 		if err := e.send(subject, reply, body); err != nil {

@@ -158,6 +158,7 @@ type warden struct {
 
 	sending sync.Mutex
 	sent    []string // kicks and hints: server, verb, body
+	notices []string // notices: kind, body
 }
 
 func newWarden(t *testing.T) *warden {
@@ -176,6 +177,12 @@ func newWarden(t *testing.T) *warden {
 		tokens := strings.Split(subject, ".")
 		w.sent = append(w.sent, tokens[len(tokens)-2]+" "+tokens[len(tokens)-1]+" "+string(data))
 		return w.fails
+	}
+	w.publish = func(subject string, data []byte) error {
+		w.sending.Lock()
+		defer w.sending.Unlock()
+		w.notices = append(w.notices, subject[strings.LastIndexByte(subject, '.')+1:]+" "+string(data))
+		return nil
 	}
 	return w
 }

@@ -104,17 +104,24 @@ func (e *Enforcer) hint(c *connection) {
 }
 
 // narrow tells a user what they have lost. It may come too late: the connection
-// that hears of it is about to be closed.
-func (e *Enforcer) narrow(u *session, before, a *kv.Access) {
+// that hears of it is about to be closed. That they are revoked, which nobody
+// tells them later, every instance says before it closes anything: then it
+// reports true, and the notice is to leave before any kick does.
+func (e *Enforcer) narrow(u *session, before, a *kv.Access) (first bool) {
+	if a != nil && a.User.Status == bus.Revoked && (before == nil || before.User.Status != bus.Revoked) {
+		e.notify(u.key, []notice{{bus.NoticeRevoked, bus.Notice{V: 1}}})
+		return e.flush != nil
+	}
 	if a == nil || before == nil || before == a || len(gains(a, before)) == 0 || !decide(a, nil, e.cfg.Now()).allow {
-		return
+		return false
 	}
 	for _, c := range u.open {
 		if e.speaksFor(c) {
 			e.notify(u.key, noticesOf(before, a, e.archived))
-			return
+			return false
 		}
 	}
+	return false
 }
 
 func (e *Enforcer) archived(id bus.RoomID) bool {
@@ -160,13 +167,13 @@ func noticesOf(before, after *kv.Access, archived func(bus.RoomID) bool) (out []
 }
 
 func (e *Enforcer) notify(k bus.UserKey, notices []notice) {
-	if e.cfg.Notices == nil {
+	if e.publish == nil {
 		return
 	}
 	for _, n := range notices {
 		body, _ := json.Marshal(n.body)
 		e.run = append(e.run, func() {
-			if err := e.cfg.Notices.Publish(bus.NoticeSubject(k, n.kind), body); err != nil {
+			if err := e.publish(bus.NoticeSubject(k, n.kind), body); err != nil {
 				e.cfg.Log.Warn("a notice was not sent", "err", err)
 			}
 		})

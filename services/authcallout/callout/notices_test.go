@@ -3,6 +3,7 @@ package callout
 import (
 	"encoding/json"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -137,5 +138,51 @@ func TestAHintIsNotForgotten(t *testing.T) {
 		w.Resync()
 		w.Resync()
 		w.wantSent(t, `NA LDM {"cid":1}`, `NA LDM {"cid":1}`)
+	})
+}
+
+// Every instance tells a user that they are revoked, once and before it closes
+// anything, whoever has admitted them: nobody tells them later. Of what may end
+// again they are told nothing.
+func TestTheRevokedAreTold(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWarden(t)
+		w.cfg.Node = "n9"
+		w.opens(1)
+		w.opens(2)
+		with := func(s bus.Status) *kv.Access {
+			a := w.rights(t)
+			a.User.Status = s
+			return a
+		}
+		w.changes(w.ofUser(""), with(bus.Suspended))
+		w.wantSent(t, kicked(1), kicked(2))
+		if len(w.notices) > 0 {
+			t.Errorf("the suspended are told %q", w.notices)
+		}
+		var left atomic.Bool
+		w.flush = func() {
+			<-time.After(time.Millisecond)
+			left.Store(len(w.notices) > 0)
+		}
+		send := w.send
+		w.send = func(subject, reply string, data []byte) error {
+			if !left.Load() {
+				t.Error("closed before they are told")
+			}
+			return send(subject, reply, data)
+		}
+		w.end(1, sys.Closed) // the other one's server does not answer
+		<-time.After(kickPatience)
+		synctest.Wait()
+		w.changes(w.ofUser(""), with(bus.Revoked))
+		w.wantSent(t)
+		<-time.After(time.Millisecond)
+		synctest.Wait()
+		w.wantSent(t, kicked(2))
+		w.Resync()
+		if !slices.Equal(w.notices, []string{`revoked {"v":1,"durable":false}`}) {
+			t.Errorf("told: %q", w.notices)
+		}
 	})
 }
