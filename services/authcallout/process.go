@@ -192,6 +192,7 @@ func (p *process) connect() (err error) {
 		}),
 		gauge("unibus_kv_broken_records", "Records that cannot be decoded; each denies its own key.", func() float64 { return float64(len(p.view.Broken())) }),
 		gauge("unibus_enforce_connections", "Connections of users known to be open, on all servers.", func() float64 { return float64(p.enforce.Connections()) }),
+		gauge("unibus_enforce_connections_closing", "Connections that must be closed and of which no server has said so yet.", func() float64 { return float64(p.enforce.Closing()) }),
 	)
 	return p.enforce.Watch()
 }

@@ -55,6 +55,7 @@ func main() {
 // config is everything the operator sets; each field has a flag and a variable.
 type config struct {
 	node, natsURL, ca, creds string
+	monitorURL               string
 	listen, adminListen      string
 	cert, key                string
 	lease, drainDelay        time.Duration
@@ -78,6 +79,7 @@ func parseConfig(args []string, getenv func(string) string, stderr io.Writer) (c
 	var lease, drain string
 	fs.StringVar(&c.node, "node", env("UNIBUS_NODE", ""), "name of this node ($UNIBUS_NODE)")
 	fs.StringVar(&c.natsURL, "nats-url", env("UNIBUS_NATS_URL", "tls://127.0.0.1:4250"), "this node's nats-server ($UNIBUS_NATS_URL)")
+	fs.StringVar(&c.monitorURL, "monitor-url", env("UNIBUS_MONITOR_URL", "http://127.0.0.1:8222"), "monitor listener of this node's nats-server, for metrics ($UNIBUS_MONITOR_URL)")
 	fs.StringVar(&c.ca, "ca", env("UNIBUS_CA", "/etc/unibus/tls/client-ca.crt"), "client CA ($UNIBUS_CA)")
 	fs.StringVar(&c.creds, "creds-dir", env("UNIBUS_CREDS_DIR", env("CREDENTIALS_DIRECTORY", "/etc/unibus/creds")), "directory of membership-ctrl.nk and membership-bus.nk ($UNIBUS_CREDS_DIR, $CREDENTIALS_DIRECTORY)")
 	fs.StringVar(&c.listen, "listen", env("UNIBUS_LISTEN", "0.0.0.0:8470"), "HTTPS address ($UNIBUS_LISTEN)")
@@ -113,7 +115,11 @@ func parseConfig(args []string, getenv func(string) string, stderr io.Writer) (c
 	if err := c.limits(authorities, proxies, rateKey, rateAddress, maxRequests); err != nil {
 		return c, err
 	}
-	return c, onLoopback(c.adminListen)
+	monitor, err := api.NewMonitor(c.monitorURL)
+	if err != nil {
+		return c, err
+	}
+	return c, errors.Join(onLoopback("admin", c.adminListen), onLoopback("monitor", monitor.Address()))
 }
 
 // limits reads who may ask, how often, and by which names.
@@ -174,11 +180,12 @@ func parseAuthorities(s, listen string) ([]string, error) {
 	return names, nil
 }
 
-// onLoopback refuses to show metrics and profiles to the network.
-func onLoopback(addr string) error {
+// onLoopback refuses to show metrics and profiles to the network, and to believe
+// another machine about the own server.
+func onLoopback(what, addr string) error {
 	host, _, err := net.SplitHostPort(addr)
 	if ip := net.ParseIP(host); err != nil || ip == nil || !ip.IsLoopback() {
-		return fmt.Errorf("admin address %q is not on loopback", addr)
+		return fmt.Errorf("%s address %q is not on loopback", what, addr)
 	}
 	return nil
 }
@@ -230,7 +237,11 @@ func run(ctx context.Context, args []string, getenv func(string) string, stderr 
 	health := api.NewHealth(api.HealthConfig{
 		Node: c.node, Version: version, View: view, Conn: nc, Roots: func() (*x509.CertPool, error) { return kv.Roots(c.ca) }, Certs: certs, Log: log, Now: time.Now,
 	})
-	registry := newRegistry(health)
+	monitor, err := api.NewMonitor(c.monitorURL)
+	if err != nil {
+		return fail(log, exitConfig, err)
+	}
+	registry := newRegistry(health, monitor)
 	server := api.NewServer(api.Config{
 		Health: health, Log: log, Version: version,
 		TLS:  &tls.Config{GetCertificate: certs.Get, MinVersion: tls.VersionTLS12},
@@ -257,14 +268,14 @@ func fail(log *slog.Logger, code int, err error) int {
 	return code
 }
 
-func newRegistry(health *api.Health) *prometheus.Registry {
+func newRegistry(health *api.Health, monitor *api.Monitor) *prometheus.Registry {
 	reg := prometheus.NewRegistry()
 	info := prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "unibus_build_info", Help: "The running build.",
 		ConstLabels: prometheus.Labels{"version": version, "go": runtime.Version(), "service": "membership"},
 	})
 	info.Set(1)
-	reg.MustRegister(info, health.Collector())
+	reg.MustRegister(info, health.Collector(), monitor.Collector())
 	return reg
 }
 

@@ -616,6 +616,19 @@ func (e *Enforcer) kicksOfUser(u bus.UserKey) (out []*kick) {
 	return out
 }
 
+// Closing counts the connections that must be closed and of which no server has
+// said that they are.
+func (e *Enforcer) Closing() (n int) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, c := range e.table.byID {
+		if c.kick != nil || c.unproven {
+			n++
+		}
+	}
+	return n
+}
+
 // Connections counts what is known to be open on servers that answer.
 func (e *Enforcer) Connections() (n int) {
 	e.mu.Lock()

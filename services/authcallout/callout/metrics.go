@@ -1,6 +1,10 @@
 package callout
 
-import "github.com/prometheus/client_golang/prometheus"
+import (
+	"github.com/prometheus/client_golang/prometheus"
+
+	"unibus.internal/bus/sys"
+)
 
 // Metrics counts decisions. No label carries a handle, a subject or a key.
 type Metrics struct {
@@ -22,6 +26,11 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 		}),
 		queue: prometheus.NewGauge(prometheus.GaugeOpts{Name: "unibus_auth_queue_depth", Help: "Requests waiting for a worker."}),
 		shed:  prometheus.NewCounter(prometheus.CounterOpts{Name: "unibus_auth_shed_total", Help: "Requests dropped unanswered: too many, or too old."}),
+	}
+	for result, reasons := range map[string][]string{"deny": {reasonUnknown}, "error": {"no_lease", "no_barrier", "lease_lost"}} {
+		for _, reason := range reasons { // there at zero, so that the first one is a rise
+			m.requests.WithLabelValues(result, reason)
+		}
 	}
 	reg.MustRegister(m.requests, m.duration, m.queue, m.shed)
 	return m
@@ -55,6 +64,12 @@ func NewEnforceMetrics(reg prometheus.Registerer) *EnforceMetrics {
 		silent: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "unibus_enforce_servers_silent", Help: "Servers that did not list their connections at the last sweep.",
 		}),
+	}
+	for _, why := range []string{"narrowed", "expired", "connect", "cap", "sweep"} {
+		m.kicks.WithLabelValues(why)
+	}
+	for _, why := range []string{"no_view", string(sys.Silent), string(sys.Unreachable)} {
+		m.unproven.WithLabelValues(why)
 	}
 	reg.MustRegister(m.kicks, m.duration, m.findings, m.unproven, m.silent)
 	return m

@@ -24,7 +24,8 @@ var (
 	descMessages = prometheus.NewDesc("unibus_kv_messages", "Messages a stream holds, barriers and history included.", []string{"stream"}, nil)
 	descBroken   = prometheus.NewDesc("unibus_kv_broken_records", "Records that cannot be decoded; each denies its own key.", nil, nil)
 	descUsers    = prometheus.NewDesc("unibus_users", "Users by role and status.", []string{"role", "status"}, nil)
-	descCert     = prometheus.NewDesc("unibus_tls_certificate_not_after_timestamp_seconds", "When a certificate expires.", []string{"role"}, nil)
+	descRooms    = prometheus.NewDesc("unibus_rooms", "Rooms by status, durable and encrypted.", []string{"status", "durable", "encrypted"}, nil)
+	descCert     = prometheus.NewDesc("unibus_tls_certificate_not_after_timestamp_seconds", "When the certificate of the API expires.", []string{"role"}, nil)
 	descLease    = prometheus.NewDesc("unibus_lease_remaining_seconds", "Time for which decisions may still be made.", nil, nil)
 )
 
@@ -49,6 +50,13 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	}
 	for k, n := range counts {
 		gauge(descUsers, float64(n), k[0], k[1])
+	}
+	rooms := map[[3]string]int{}
+	for _, r := range c.h.cfg.View.Rooms() {
+		rooms[[3]string{string(r.Status), strconv.FormatBool(r.Durable), strconv.FormatBool(r.Encrypted)}]++
+	}
+	for k, n := range rooms {
+		gauge(descRooms, float64(n), k[0], k[1], k[2])
 	}
 	c.h.mu.Lock()
 	reports := c.h.reports
@@ -125,6 +133,15 @@ func newMetrics(reg prometheus.Registerer, dropped func() uint64) *metrics {
 	}
 	for _, why := range []string{whyServer, whyLease} {
 		m.unproven.WithLabelValues(why)
+	}
+	for _, reason := range []string{"replay", "unavailable"} {
+		m.nonces.WithLabelValues(reason)
+	}
+	for _, by := range []string{"address", "key", "concurrency"} {
+		m.limited.WithLabelValues(by)
+	}
+	for _, reason := range []string{"signature", "skew", "replay", "unknown", standingRevoked} {
+		m.refused.WithLabelValues(reason)
 	}
 	reg.MustRegister(m.requests, m.duration, m.refused, m.nonces, m.limited, m.auditFailed, m.auditDropped, m.proofs, m.unproven, m.closed,
 		prometheus.NewCounterFunc(prometheus.CounterOpts{
