@@ -54,7 +54,7 @@ demo: up ## Walk through the system on the local cluster
 	@test/demo.sh
 
 .PHONY: test chaos controls bench fuzz
-test: ## Unit tests of every module, then the tests on real clusters
+test: tools ## Unit tests of every module, then the tests on real clusters
 	@for m in $(UNITS); do (cd $$m && $(CLEAN_ENV) go test -race ./...) || exit; done
 	cd test && $(CLEAN_ENV) go test -race -count=1 -p 1 -parallel 3 -timeout 30m ./...
 
@@ -67,6 +67,13 @@ controls: ## Prove that the tests notice: take one protection away at a time
 bench: ## Measure a real cluster beside one of static users: the table of docs/performance.md
 	$(IN_TEST) -timeout 60m -run '^$$' -bench . -benchtime 1x .
 
+.PHONY: monitoring tools
+monitoring: tools ## Each fault of deploy/monitoring on a live cluster, and the alert that a real Prometheus raises
+	$(IN_TEST) -race -v -timeout 30m -run 'TestAlerts|TestMonitoring' .
+
+tools: ## Unpack Debian's prometheus and haproxy into bin/tools/, for tests
+	@test/tools.sh $(TOOLS)
+
 .PHONY: fleet
 fleet: build ## Three booted Debian systems, reached by ssh, from the inventory to the loss of nodes (root)
 	@test/fleet/fleet.sh
@@ -78,8 +85,8 @@ fuzz: ## Fuzz every fuzz target for FUZZTIME, then a cluster by its own OpenAPI 
 			go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) $$p; done; done) || exit; done
 	$(IN_TEST) -race -v -timeout 30m -run 'SchemaFuzz' .
 
-.PHONY: check check-tools check-format check-lint check-modules check-config check-shell check-units check-binaries check-tree
-check: check-tree check-format check-lint check-modules check-shell check-units check-binaries check-config ## Everything that must be clean before a commit, except the tests
+.PHONY: check check-tools check-format check-lint check-modules check-config check-shell check-units check-monitoring check-binaries check-tree
+check: check-tree check-format check-lint check-modules check-shell check-units check-monitoring check-binaries check-config ## Everything that must be clean before a commit, except the tests
 	@echo "check: all clean"
 
 check-tools:
@@ -113,6 +120,9 @@ check-units:
 	@command -v systemd-analyze >/dev/null || [[ $$(id -u) != 0 ]] || ! command -v apt-get >/dev/null || \
 		apt-get install -q -y --no-install-recommends systemd >/dev/null || true
 	@deploy/systemd/check.sh
+
+check-monitoring: tools
+	@deploy/monitoring/check.sh $(TOOLS)
 
 # A released binary must hold no switch that takes a protection away.
 check-binaries: build

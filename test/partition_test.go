@@ -35,6 +35,7 @@ func TestPartition(t *testing.T) {
 	}
 	pt := &partition{world: newWorld(t, cluster.Options{Networks: true, Lease: 2 * time.Second}), lease: 2 * time.Second}
 	pt.addRoom("ops", pt.admin, kv.RoomOptions{})
+	t.Run("listeners for the own machine", pt.loopbackOnly)
 	for n, how := range cuts {
 		t.Run(fmt.Sprintf("%d %s", n+1, how), func(t *testing.T) { pt.once(t, n, how, apart) })
 	}

@@ -87,7 +87,7 @@ func parseConfig(args []string, getenv func(string) string, stderr io.Writer) (c
 	fs.StringVar(&c.cert, "api-cert", env("UNIBUS_API_CERT", "/etc/unibus/tls/api.crt"), "certificate ($UNIBUS_API_CERT)")
 	fs.StringVar(&c.key, "api-key", env("UNIBUS_API_KEY", "/etc/unibus/tls/api.key"), "its key file ($UNIBUS_API_KEY)")
 	fs.StringVar(&lease, "lease", env("UNIBUS_LEASE", "10s"), "how long a barrier allows decisions, 1s to 10s ($UNIBUS_LEASE)")
-	fs.StringVar(&drain, "drain-delay", env("UNIBUS_DRAIN_DELAY", "10s"), "how long to say 503 before stopping ($UNIBUS_DRAIN_DELAY)")
+	fs.StringVar(&drain, "drain-delay", env("UNIBUS_DRAIN_DELAY", "15s"), "how long to say 503 before stopping ($UNIBUS_DRAIN_DELAY)")
 	var authorities, proxies, rateKey, rateAddress, maxRequests string
 	fs.StringVar(&authorities, "authorities", env("UNIBUS_AUTHORITIES", ""), "comma list of host:port under which clients reach this node, load balancers included; default: loopback ($UNIBUS_AUTHORITIES)")
 	fs.StringVar(&proxies, "trusted-proxies", env("UNIBUS_TRUSTED_PROXIES", ""), "comma list of addresses or networks whose X-Forwarded-For is believed for rate limits and audit ($UNIBUS_TRUSTED_PROXIES)")

@@ -1,0 +1,357 @@
+package test
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"unibus.internal/bus"
+	"unibus.internal/test/cluster"
+)
+
+// alertFault is something that goes wrong on a live cluster, and the alerts that
+// must say so.
+type alertFault struct {
+	name   string
+	alerts []string // fire, and end when it is mended
+	counts []string // fire because something was counted, which nothing mends
+	// inflict returns how it is mended; nil if it cannot be.
+	inflict func(t *testing.T, m *monitored, p *prometheus) (mend func())
+}
+
+func alertFaults() []alertFault {
+	return []alertFault{
+		{"a service is dead", []string{"UnibusServiceDown"}, nil, serviceDead},
+		{"a server is dead", []string{"UnibusNATSDown", "UnibusRouteMissing", "UnibusReplicaBehind"}, nil, serverDead},
+		{
+			"a server hangs, and somebody on it is revoked",
+			[]string{"UnibusNATSDown", "UnibusNotReady", "UnibusCalloutWithoutLease", "UnibusServerSilent", "UnibusClosingUnproven"},
+			[]string{"UnibusChangeUnproven"},
+			serverHangs,
+		},
+		{"two servers are dead", []string{"UnibusQuorumLost", "UnibusNoNodeReady"}, nil, quorumLost},
+		{"a bucket with one replica", []string{"UnibusUnderReplicated"}, nil, oneReplica},
+		{"a certificate with five days left", []string{"UnibusCertificateExpiring", "UnibusCertificateExpiresSoon"}, nil, certificateEnds},
+		{"a record that is no record", nil, []string{"UnibusBrokenRecords"}, brokenRecord},
+		{"a request sent nine times", nil, []string{"UnibusReplayedRequests"}, replayed},
+		{"callouts that are too late", nil, []string{"UnibusConnectsUnanswered"}, calloutsLate},
+		{"an audit that cannot be written", nil, []string{"UnibusAuditIncomplete"}, auditRefused},
+		{"a change that no callout saw", nil, []string{"UnibusSweepFindings"}, unseenChange},
+		{"a client that does not read", nil, []string{"UnibusSlowConsumers"}, slowConsumer},
+		{"a store that is too small", []string{"UnibusStorageNearLimit"}, nil, smallStore},
+		{"a node is no longer scraped", []string{"UnibusTargetMissing"}, nil, targetGone},
+	}
+}
+
+func (f alertFault) all() []string { return slices.Concat(f.alerts, f.counts) }
+
+// TestAlerts inflicts each fault on a live cluster and waits for its alerts, by
+// a real Prometheus with the rules of deploy/monitoring; what can be mended is,
+// and the alert has to go. Only the times for which a fault must last are cut.
+func TestAlerts(t *testing.T) {
+	t.Parallel()
+	if !full {
+		t.Skip("UNIBUS_FULL is not set: make monitoring")
+	}
+	m := newMonitored(t, cluster.Options{})
+	p := m.prometheus(t)
+	cluster.WaitFor(t, time.Minute, "all targets to be scraped", func() error { return p.targetsUp(6) })
+	cluster.Hold(t, 10*time.Second, "no alert while nothing is wrong", func() error { return p.silent() })
+	for _, f := range alertFaults() {
+		t.Run(f.name, func(t *testing.T) {
+			mend := f.inflict(t, m.in(t), p)
+			for _, name := range f.all() {
+				cluster.WaitFor(t, 100*time.Second, name, func() error { return p.fires(name) })
+			}
+			if mend == nil {
+				return
+			}
+			mend()
+			for _, name := range f.alerts {
+				cluster.WaitFor(t, 100*time.Second, name+" to end", func() error { return p.ended(name) })
+			}
+		})
+	}
+}
+
+// in is the same for a subtest, when the test's own View holds a lease again.
+func (m *monitored) in(t *testing.T) *monitored {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	if err := m.view.WaitLease(ctx); err != nil {
+		t.Fatal(err)
+	}
+	own, w := *m, *m.world
+	w.Cluster, w.t = m.In(t), t
+	own.world = &w
+	return &own
+}
+
+func serviceDead(_ *testing.T, m *monitored, _ *prometheus) func() {
+	m.Kill(3, cluster.Membership)
+	return func() {
+		m.StartNode(3, cluster.Membership)
+		m.WaitHealthy(time.Minute)
+	}
+}
+
+func serverDead(_ *testing.T, m *monitored, _ *prometheus) func() {
+	m.Kill(3, cluster.NATS)
+	return func() {
+		m.StartNode(3, cluster.NATS)
+		m.WaitHealthy(time.Minute)
+	}
+}
+
+func serverHangs(t *testing.T, m *monitored, _ *prometheus) func() {
+	there := m.addUser("there")
+	m.waitAdmits(there, 3)
+	c := m.connectRaw(3, there)
+	m.Pause(3, cluster.NATS)
+	resp := m.api(1, m.admin).do(t, "POST", "/v1/users/there/revoke", dict{})
+	if resp.status != http.StatusAccepted {
+		t.Fatalf("revoke with a server that hangs: %s", resp)
+	}
+	return func() {
+		m.Resume(3, cluster.NATS)
+		m.WaitHealthy(time.Minute)
+		cluster.WaitFor(t, 10*time.Second, "the connection to be closed", func() error {
+			if c.Flush() == nil {
+				return errors.New("it is open")
+			}
+			return nil
+		})
+	}
+}
+
+func quorumLost(_ *testing.T, m *monitored, _ *prometheus) func() {
+	m.Kill(2, cluster.NATS)
+	m.Kill(3, cluster.NATS)
+	return func() {
+		m.StartNode(2, cluster.NATS)
+		m.StartNode(3, cluster.NATS)
+		m.WaitHealthy(time.Minute)
+	}
+}
+
+func oneReplica(t *testing.T, m *monitored, _ *prometheus) func() {
+	js, err := jetstream.New(m.Ops())
+	if err != nil {
+		t.Fatal(err)
+	}
+	replicas := func(n int) {
+		s, err := js.Stream(t.Context(), "KV_UNIBUS_room_keys")
+		if err != nil {
+			t.Fatal(err)
+		}
+		cfg := s.CachedInfo().Config
+		cfg.Replicas = n
+		if _, err := js.UpdateStream(t.Context(), cfg); err != nil {
+			t.Fatal(err)
+		}
+	}
+	replicas(1)
+	return func() {
+		replicas(3)
+		m.WaitHealthy(time.Minute)
+	}
+}
+
+func certificateEnds(t *testing.T, m *monitored, _ *prometheus) func() {
+	file := filepath.Join(m.Etc(2), "tls", "api.crt")
+	good, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	show := func(text []byte) {
+		if err := cluster.WriteFile(file, text, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		m.Reload(2, cluster.Membership)
+	}
+	show([]byte(endingIn(t, m.world, file, 5*24*time.Hour)))
+	return func() { show(good) }
+}
+
+// plant writes a record of a user by hand, as an operator with the ops key could.
+func (m *monitored) plant(t *testing.T, k bus.UserKey, value []byte) {
+	t.Helper()
+	js, err := jetstream.New(m.Ops())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := js.Publish(t.Context(), "$KV.UNIBUS_users."+k.Hex(), value); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func brokenRecord(t *testing.T, m *monitored, _ *prometheus) func() {
+	m.plant(t, newPerson(t, "broken").key, []byte("{"))
+	return nil
+}
+
+func replayed(t *testing.T, m *monitored, _ *prometheus) func() {
+	c := m.api(2, m.admin)
+	r, err := c.build(t.Context(), apiRequest{method: "GET", path: "/v1/me"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for n := range 9 {
+		resp, err := c.roundTrip(r)
+		if err != nil || (resp.status == http.StatusOK) != (n == 0) {
+			t.Fatalf("time %d: %v %v", n+1, resp, err)
+		}
+	}
+	return nil
+}
+
+func calloutsLate(t *testing.T, m *monitored, _ *prometheus) func() {
+	for _, i := range m.Nodes() {
+		m.Pause(i, cluster.Authcallout)
+	}
+	var knocking sync.WaitGroup
+	for n := range 90 {
+		knocking.Go(func() { _, _ = m.attempt(n%3+1, m.admin) })
+	}
+	hold(t.Context(), 4*time.Second)
+	for _, i := range m.Nodes() {
+		m.Resume(i, cluster.Authcallout)
+	}
+	knocking.Wait()
+	m.waitAdmits(m.admin, m.Nodes()...)
+	return nil
+}
+
+// auditRefused takes away membership's right to write the audit, on one server:
+// it must refuse what gives access, and do what takes it away.
+func auditRefused(t *testing.T, m *monitored, _ *prometheus) func() {
+	leaves := m.addUser("leaves")
+	m.waitAdmits(leaves, 1)
+	file := filepath.Join(m.Etc(1), "nats", "conf.d", "accounts.conf")
+	good, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	bad := bytes.ReplaceAll(good, []byte(`"unibus.audit.membership-n1"`), nil)
+	if bytes.Equal(good, bad) {
+		t.Fatal("accounts.conf names no right to write the audit")
+	}
+	load := func(text []byte) {
+		if err := cluster.WriteFile(file, text, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		m.Reload(1, cluster.NATS)
+	}
+	load(bad)
+	cluster.WaitFor(t, 30*time.Second, "n1 to refuse what it cannot record", func() error {
+		if resp := m.api(1, m.admin).do(t, "POST", "/v1/users/leaves/suspend", dict{}); resp.status >= 300 {
+			return fmt.Errorf("not suspended: %s", resp)
+		}
+		if resp := m.api(1, m.admin).do(t, "POST", "/v1/users/leaves/resume", dict{}); resp.status < 300 {
+			return fmt.Errorf("resumed: %s", resp)
+		}
+		return nil
+	})
+	return func() {
+		load(good)
+		m.WaitHealthy(time.Minute)
+	}
+}
+
+// unseenChange suspends somebody behind the back of all callouts: the only case
+// in which a sweep, and nothing before it, finds a connection.
+func unseenChange(t *testing.T, m *monitored, _ *prometheus) func() {
+	stays := m.addUser("stays")
+	m.waitAdmits(stays, 1)
+	c := m.connectRaw(1, stays)
+	for _, i := range m.Nodes() {
+		m.Kill(i, cluster.Authcallout)
+	}
+	u, _, ok := m.view.User(stays.key)
+	if !ok {
+		t.Fatal("no record")
+	}
+	u.Status = bus.Suspended
+	value, err := json.Marshal(u)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.plant(t, stays.key, value)
+	if err := c.Flush(); err != nil {
+		t.Fatalf("closed without a callout: %v", err)
+	}
+	for _, i := range m.Nodes() {
+		m.StartNode(i, cluster.Authcallout)
+	}
+	m.WaitHealthy(time.Minute)
+	wantClosed(t, c)
+	return nil
+}
+
+func slowConsumer(t *testing.T, m *monitored, _ *prometheus) func() {
+	slow := m.addUser("slow")
+	m.join(bus.RoomID(m.room), slow, bus.Reader)
+	m.waitAdmits(slow, 1)
+	c := m.connectRaw(1, slow)
+	if err := c.Sub("room."+m.room+".>", "", "1"); err != nil {
+		t.Fatal(err)
+	}
+	nc, err := m.Dial(1, append(m.admin.options(m.CA()), nats.NoReconnect())...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	payload := make([]byte, 900<<10)
+	_, _ = rand.Read(payload)
+	for range 120 { // more than the server keeps for anybody
+		if err := nc.Publish("room."+m.room+"."+m.admin.key.NKey()+".x", payload); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := nc.FlushTimeout(30 * time.Second); err != nil {
+		t.Fatal(err)
+	}
+	return nil
+}
+
+func smallStore(t *testing.T, m *monitored, _ *prometheus) func() {
+	file := filepath.Join(m.Etc(3), "nats", "conf.d", "jetstream.conf")
+	good, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	small := bytes.ReplaceAll(good, []byte("16GB"), []byte("128KB"))
+	if bytes.Equal(good, small) {
+		t.Fatal("jetstream.conf names another limit")
+	}
+	restart := func(text []byte) {
+		if err := cluster.WriteFile(file, text, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		m.Kill(3, cluster.NATS)
+		m.StartNode(3, cluster.NATS)
+	}
+	restart(small)
+	return func() {
+		restart(good)
+		m.WaitHealthy(time.Minute)
+	}
+}
+
+func targetGone(t *testing.T, _ *monitored, p *prometheus) func() {
+	p.scrape(t, p.groups[:len(p.groups)-1])
+	return func() { p.scrape(t, p.groups) }
+}
