@@ -67,6 +67,11 @@ controls: ## Prove that the tests notice: take one protection away at a time
 bench: ## Measure a real cluster beside one of static users: the table of docs/performance.md
 	$(IN_TEST) -timeout 60m -run '^$$' -bench . -benchtime 1x .
 
+.PHONY: package
+package: build ## A .deb and a .rpm for a node in bin/package/
+	$(call install,$(TOOLS),nfpm,github.com/goreleaser/nfpm/v2/cmd/nfpm,github.com/goreleaser/nfpm/v2,$(NFPM_VERSION))
+	@deploy/package/build.sh $(BIN) $(BIN)/package $(VERSION)
+
 .PHONY: monitoring tools
 monitoring: tools ## Each fault of deploy/monitoring on a live cluster, and the alert that a real Prometheus raises
 	$(IN_TEST) -race -v -timeout 30m -run 'TestAlerts|TestMonitoring' .
@@ -85,8 +90,8 @@ fuzz: ## Fuzz every fuzz target for FUZZTIME, then a cluster by its own OpenAPI 
 			go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) $$p; done; done) || exit; done
 	$(IN_TEST) -race -v -timeout 30m -run 'SchemaFuzz' .
 
-.PHONY: check check-tools check-format check-lint check-modules check-config check-shell check-units check-monitoring check-binaries check-tree
-check: check-tree check-format check-lint check-modules check-shell check-units check-monitoring check-binaries check-config ## Everything that must be clean before a commit, except the tests
+.PHONY: check check-tools check-format check-lint check-modules check-config check-shell check-units check-monitoring check-package check-binaries check-tree
+check: check-tree check-format check-lint check-modules check-shell check-units check-monitoring check-package check-binaries check-config ## Everything that must be clean before a commit, except the tests
 	@echo "check: all clean"
 
 check-tools:
@@ -123,6 +128,9 @@ check-units:
 
 check-monitoring: tools
 	@deploy/monitoring/check.sh $(TOOLS)
+
+check-package: package
+	@deploy/package/check.sh $(BIN)/package
 
 # A released binary must hold no switch that takes a protection away.
 check-binaries: build

@@ -2,7 +2,6 @@ package test
 
 import (
 	"bytes"
-	"context"
 	"crypto/rand"
 	"encoding/json"
 	"errors"
@@ -87,14 +86,10 @@ func TestAlerts(t *testing.T) {
 	}
 }
 
-// in is the same for a subtest, when the test's own View holds a lease again.
+// in is the same for a subtest, when the test's own View is current again.
 func (m *monitored) in(t *testing.T) *monitored {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
-	defer cancel()
-	if err := m.view.WaitLease(ctx); err != nil {
-		t.Fatal(err)
-	}
+	cluster.WaitFor(t, 30*time.Second, "the test's own barrier", func() error { return m.view.Barrier(t.Context()) })
 	own, w := *m, *m.world
 	w.Cluster, w.t = m.In(t), t
 	own.world = &w

@@ -507,7 +507,7 @@ func (m *monitored) prometheus(t *testing.T) *prometheus {
 		}
 	}
 	start(t, path, "--config.file="+filepath.Join(dir, "prometheus.yml"), "--storage.tsdb.path="+filepath.Join(dir, "data"),
-		"--web.listen-address="+strings.TrimPrefix(p.url, "http://"), "--storage.tsdb.no-lockfile", "--log.level=warn")
+		"--web.listen-address="+strings.TrimPrefix(p.url, "http://"), "--log.level=warn")
 	return p
 }
 

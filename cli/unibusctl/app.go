@@ -49,6 +49,7 @@ func (a *app) commands() []*cli.Command {
 		a.envCommand(),
 		a.apiCommand(),
 		a.completionCommand(),
+		a.manualCommand(),
 	}
 }
 

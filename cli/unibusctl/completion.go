@@ -77,7 +77,9 @@ func (l *commandLine) candidates(partial string) []candidate {
 		return append(out, candidate{"--help", "show help"})
 	}
 	for _, c := range l.leaf().Subcommands {
-		out = append(out, candidate{c.Name, c.Usage})
+		if !c.Hidden {
+			out = append(out, candidate{c.Name, c.Usage})
+		}
 	}
 	if want := strings.Fields(l.leaf().ArgsUsage); len(l.args) < len(want) && strings.Contains(want[len(l.args)], "|") {
 		for choice := range strings.SplitSeq(strings.Trim(want[len(l.args)], "[]"), "|") {
