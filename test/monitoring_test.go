@@ -685,8 +685,9 @@ func (m *monitored) drains(t *testing.T) {
 	})
 	began := time.Now()
 	hold(ctx, time.Second)
-	stopped := make(chan struct{})
-	go func() { m.Term(2, cluster.Membership); close(stopped) }()
+	if err := syscall.Kill(m.PID(2, cluster.Membership), syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
 	cluster.WaitFor(t, 14*time.Second, "haproxy to turn away from the node that stops", func() error {
 		state, err := haproxyState(socket, "n2")
 		if err == nil && state != "DOWN" {
@@ -694,13 +695,16 @@ func (m *monitored) drains(t *testing.T) {
 		}
 		return err
 	})
-	select {
-	case <-stopped:
+	if !m.Alive(2, cluster.Membership) {
 		t.Error("the node stopped before haproxy had turned away")
-	default:
 	}
-	<-stopped
-	hold(ctx, 2*time.Second)
+	cluster.WaitFor(t, 30*time.Second, "the node to stop", func() error {
+		if m.Alive(2, cluster.Membership) {
+			return errors.New("it runs")
+		}
+		return nil
+	})
+	hold(ctx, time.Second)
 	m.StartNode(2, cluster.Membership)
 	m.WaitHealthy(time.Minute)
 	cluster.WaitFor(t, 15*time.Second, "haproxy to take it back", func() error {

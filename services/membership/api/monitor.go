@@ -1,7 +1,6 @@
 package api
 
 import (
-	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -137,17 +136,15 @@ func (c monitorCollector) Describe(ch chan<- *prometheus.Desc) {
 }
 
 func (c monitorCollector) Collect(ch chan<- prometheus.Metric) {
-	ctx, cancel := context.WithTimeout(context.Background(), monitorPatience)
-	defer cancel()
 	var v varz
 	var j jsz
 	var r routez
 	var vErr, jErr, rErr, hErr error
 	var asking sync.WaitGroup
-	asking.Go(func() { vErr = c.m.ask(ctx, "/varz", &v) })
-	asking.Go(func() { jErr = c.m.ask(ctx, "/jsz?accounts=true", &j) })
-	asking.Go(func() { rErr = c.m.ask(ctx, "/routez", &r) })
-	asking.Go(func() { hErr = c.m.ask(ctx, "/healthz", &struct{}{}) })
+	asking.Go(func() { vErr = c.m.ask("/varz", &v) })
+	asking.Go(func() { jErr = c.m.ask("/jsz?accounts=true", &j) })
+	asking.Go(func() { rErr = c.m.ask("/routez", &r) })
+	asking.Go(func() { hErr = c.m.ask("/healthz", &struct{}{}) })
 	asking.Wait()
 	one := func(d *prometheus.Desc, kind prometheus.ValueType, value float64, labels ...string) {
 		ch <- prometheus.MustNewConstMetric(d, kind, value, labels...)
@@ -213,12 +210,8 @@ func (j *jsz) collect(one emit, own string) {
 
 // ask reads one answer. /healthz says with its status what the others say with
 // a body.
-func (m *Monitor) ask(ctx context.Context, path string, into any) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, m.base+path, nil)
-	if err != nil {
-		return err
-	}
-	resp, err := m.client.Do(req)
+func (m *Monitor) ask(path string, into any) error {
+	resp, err := m.client.Get(m.base + path) // a scrape has no context; the client has a timeout
 	if err != nil {
 		return err
 	}
