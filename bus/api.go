@@ -44,7 +44,9 @@ type RoomInfo struct {
 	Creator     UserKey    `json:"creator"`
 	CreatedAt   time.Time  `json:"created_at"`
 	ArchivedAt  *time.Time `json:"archived_at"`
-	Members     int        `json:"members"` // those present
+	Retention   *Retention `json:"retention"` // null: the room is not durable
+	Purged      bool       `json:"purged"`    // what it had stored is gone, or going
+	Members     int        `json:"members"`   // those present
 	Revision    uint64     `json:"revision"`
 }
 

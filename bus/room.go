@@ -112,6 +112,8 @@ type Room struct {
 	Creator     UserKey    `json:"creator"`
 	CreatedAt   time.Time  `json:"created_at"`
 	ArchivedAt  *time.Time `json:"archived_at,omitempty"`
+	Retention   Retention  `json:"retention,omitzero"` // of a durable room; what is zero is the default
+	Purged      bool       `json:"purged,omitempty"`   // archived, and what it has stored is to go
 }
 
 // Validate checks every field that a decision rests on.

@@ -1,5 +1,7 @@
 package bus
 
+import "strings"
+
 // This file is the subject grammar of account BUS. No other file spells a
 // subject of a user. Every argument has been parsed by its type, so that no
 // token can hold a dot, a wildcard or a space.
@@ -29,6 +31,40 @@ func RoomSubscribe(room RoomID) string { return "room." + string(room) + ".>" }
 // quorum has stored, republished by the server.
 func FeedSubscribe(room RoomID) string { return "feed." + string(room) + ".>" }
 
+// StoreSubject is where the recorder writes a message of a durable room, and
+// nobody else may. A stream takes it, and republishes it under FeedSubscribe
+// with the sequence that it has there.
+func StoreSubject(room RoomID, user UserKey, topic string) string {
+	return "store." + string(room) + "." + user.NKey() + "." + topic
+}
+
+// StoreSubscribe is what the stream of a durable room takes.
+func StoreSubscribe(room RoomID) string { return "store." + string(room) + ".>" }
+
+// FeedTip is where the members of a durable room hear how far it is.
+func FeedTip(room RoomID) string { return "feed." + string(room) + "._tip" }
+
+// ParseRoomSubject takes the subject of a message of a room apart: one below
+// room, store or feed. Where it stands in the subject says who sent it; whether
+// that is proven depends on who could have published there.
+func ParseRoomSubject(s string) (room RoomID, user UserKey, topic string, err error) {
+	token := strings.SplitN(s, ".", 4)
+	if len(token) != 4 {
+		return "", UserKey{}, "", E(Invalid, "%s is no subject of a room", quoted(s))
+	}
+	if room, err = ParseRoomID(token[1]); err != nil {
+		return "", UserKey{}, "", err
+	}
+	if user, err = ParseUserKey(token[2]); err != nil {
+		return "", UserKey{}, "", err
+	}
+	if user.NKey() != token[2] { // one spelling, so that none is taken for another
+		return "", UserKey{}, "", E(Invalid, "%s is no subject of a room", quoted(s))
+	}
+	topic, err = ParseTopic(token[3])
+	return room, user, topic, err
+}
+
 // InboxPrefix is the only inbox a user may hear. Services answer there and
 // nowhere else: an answer to any other subject would let a member choose under
 // whose name the service speaks.
@@ -36,6 +72,21 @@ func InboxPrefix(user UserKey) string { return "_INBOX_" + user.NKey() }
 
 // InboxSubscribe is the permission that covers a user's own inbox.
 func InboxSubscribe(user UserKey) string { return InboxPrefix(user) + ".>" }
+
+// OwnInbox says whether a subject is one literal subject in a user's own inbox:
+// where a service may answer them.
+func OwnInbox(user UserKey, subject string) bool {
+	rest, ok := strings.CutPrefix(subject, InboxPrefix(user)+".")
+	if !ok || len(rest) > 128 {
+		return false
+	}
+	for token := range strings.SplitSeq(rest, ".") {
+		if token == "" || strings.ContainsFunc(token, func(c rune) bool { return c <= ' ' || c > '~' || c == '*' || c == '>' }) {
+			return false
+		}
+	}
+	return true
+}
 
 // NoticeSubscribe is the permission that covers the hints a user gets about
 // their own access.

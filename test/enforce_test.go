@@ -409,7 +409,7 @@ func (e *enforced) archive(t *testing.T) {
 		e.join("old", p, bus.Reader)
 		members = append(members, e.connectRaw(n%3+1, p))
 	}
-	if _, err := e.store.ArchiveRoom(t.Context(), "old"); err != nil {
+	if _, err := e.store.ArchiveRoom(t.Context(), "old", false); err != nil {
 		t.Fatal(err)
 	}
 	wantClosed(t, members...)

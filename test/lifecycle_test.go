@@ -206,11 +206,11 @@ func archives(w *world) {
 	w.addRoom("arc", p, kv.RoomOptions{Description: "to be closed"})
 	c := w.connectRaw(1, p)
 	c.Close()
-	w.must(w.store.ArchiveRoom(ctx, "arc"))
+	w.must(w.store.ArchiveRoom(ctx, "arc", false))
 	if a, err := w.proven().Access(p.key); err != nil || len(a.Rooms) != 0 {
 		w.t.Errorf("access to an archived room: %+v, %v", a, err)
 	}
-	if res := w.must(w.store.ArchiveRoom(ctx, "arc")); !res.Already || res.What != "already_archived room arc" {
+	if res := w.must(w.store.ArchiveRoom(ctx, "arc", false)); !res.Already || res.What != "already_archived room arc" {
 		w.t.Errorf("second archive: %+v", res)
 	}
 	res, err := w.store.SetMember(ctx, "arc", w.admin.key, bus.Reader)

@@ -318,6 +318,7 @@ type NewRoom struct {
 	Durable     bool
 	Encrypted   bool
 	Description string
+	Retention   bus.Retention // of a durable room
 }
 
 // CreateRoom makes a room. Not sent again when its answer is lost: Conflict
@@ -335,6 +336,9 @@ func (c *Client) CreateRoom(ctx context.Context, r NewRoom) (bus.Change, error) 
 	}
 	if r.Description != "" {
 		in["description"] = r.Description
+	}
+	if r.Retention != (bus.Retention{}) {
+		in["retention"] = r.Retention
 	}
 	return c.once(ctx, http.MethodPost, "/v1/rooms", in)
 }
@@ -389,13 +393,63 @@ func (c *Client) DescribeRoom(ctx context.Context, id bus.RoomID, description st
 	return c.patch(ctx, path, map[string]any{"description": description}, revision)
 }
 
-// ArchiveRoom closes a room for good. May be sent again.
-func (c *Client) ArchiveRoom(ctx context.Context, id bus.RoomID) (bus.Change, error) {
+// RetainRoom changes what a durable room keeps. When it gets less, the oldest
+// messages go at once. Revision as with DescribeRoom.
+func (c *Client) RetainRoom(ctx context.Context, id bus.RoomID, keep bus.Retention, revision uint64) (bus.Change, error) {
 	path, err := roomPath(id)
 	if err != nil {
 		return bus.Change{}, err
 	}
+	return c.patch(ctx, path, map[string]any{"retention": keep}, revision)
+}
+
+// ArchiveRoom closes a room for good. With purge what it has stored goes; else
+// it stays for who was in it at the end. May be sent again.
+func (c *Client) ArchiveRoom(ctx context.Context, id bus.RoomID, purge bool) (bus.Change, error) {
+	path, err := roomPath(id)
+	if err != nil {
+		return bus.Change{}, err
+	}
+	if purge {
+		path += "?messages=purge"
+	}
 	return c.again(ctx, http.MethodDelete, path, nil)
+}
+
+// MessageQuery says which messages of a durable room are wanted: those behind a
+// sequence, those stored since a time, or the newest; at most Limit, or 100. They
+// come by sequence, the oldest first.
+type MessageQuery struct {
+	After  uint64
+	Since  time.Time // if not zero, After is not looked at
+	Newest bool      // neither is looked at
+	Limit  int       // up to 1000
+}
+
+// Messages reads what a durable room has stored, by sequence. There may be more
+// than it returns until it returns none. A sequence that is left out between two
+// messages was never there, or is kept no more. A message that was stored a
+// moment ago may be missing at the end, and come with a later call. With Newest,
+// last is the sequence of the newest message, whether it is kept or not.
+func (c *Client) Messages(ctx context.Context, id bus.RoomID, q MessageQuery) (messages []bus.StoredMessage, last uint64, err error) {
+	path, err := roomPath(id)
+	if err != nil {
+		return nil, 0, err
+	}
+	v := values("limit", number(q.Limit), "newest", truth(q.Newest))
+	switch {
+	case q.Newest:
+	case !q.Since.IsZero():
+		v.Set("since", q.Since.UTC().Format(time.RFC3339Nano))
+	case q.After > 0:
+		v.Set("after", strconv.FormatUint(q.After, 10))
+	}
+	var out struct {
+		Messages []bus.StoredMessage
+		Last     uint64
+	}
+	err = c.get(ctx, path+"/messages", v, &out)
+	return out.Messages, out.Last, err
 }
 
 // Members lists who is in a room; with gone, also who was.

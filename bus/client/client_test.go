@@ -173,7 +173,7 @@ func TestWhatIsSentAgain(t *testing.T) {
 			return err
 		},
 		"remove member": func(ctx context.Context, c *Client) error { _, err := c.RemoveMember(ctx, "r", "a"); return err },
-		"archive":       func(ctx context.Context, c *Client) error { _, err := c.ArchiveRoom(ctx, "r"); return err },
+		"archive":       func(ctx context.Context, c *Client) error { _, err := c.ArchiveRoom(ctx, "r", false); return err },
 		"withdraw":      func(ctx context.Context, c *Client) error { _, _, err := c.WithdrawInvite(ctx, "i"); return err },
 		"enroll":        func(ctx context.Context, c *Client) error { _, err := c.Enroll(ctx, "t", ""); return err },
 		"patch at a revision": func(ctx context.Context, c *Client) error {

@@ -74,11 +74,16 @@ type Message struct {
 	Topic  string
 	Data   []byte
 	Header nats.Header // as the sender wrote it; may be nil
+
+	// Of a durable room: where the message stands in the room's stream, and when
+	// it was stored.
+	Seq  uint64
+	Time time.Time
 }
 
 // messageID is the header by which a message that arrives twice while a Conn
 // authenticates anew is dropped once.
-const messageID = "Unibus-Msg-Id"
+const messageID = bus.MessageIDHeader
 
 // Conn is a user's connection to the bus: see Dial. It is safe for concurrent
 // use. Handlers of one subscription are called one at a time.
@@ -86,6 +91,7 @@ type Conn struct {
 	cfg  DialConfig
 	key  bus.UserKey
 	log  *slog.Logger
+	life context.Context // ends with Close
 	stop context.CancelFunc
 	done sync.WaitGroup
 
@@ -93,14 +99,16 @@ type Conn struct {
 	again   chan struct{} // the connection is to be authenticated anew
 	revoked chan struct{} // closed when Status is Revoked
 
-	mu     sync.Mutex
-	live   *line
-	subs   map[*Subscription]struct{}
-	status Status
-	moved  chan struct{} // closed when status changes
-	rooms  []bus.RoomGrant
-	doomed bool        // a notice says that the user is revoked
-	tell   chan func() // what the caller is told, in order
+	mu      sync.Mutex
+	live    *line
+	subs    map[*Subscription]struct{}
+	status  Status
+	moved   chan struct{} // closed when status changes
+	rooms   []bus.RoomGrant
+	roomsAt time.Time // when they were asked for
+	joined  map[bus.RoomID]*Room
+	doomed  bool        // a notice says that the user is revoked
+	tell    chan func() // what the caller is told, in order
 
 	publishing sync.RWMutex // held to publish; locked while a handover flushes
 }
@@ -134,9 +142,9 @@ func Dial(ctx context.Context, cfg DialConfig) (*Conn, error) {
 	}
 	run, stop := context.WithCancel(context.WithoutCancel(ctx)) // it outlives Dial
 	c := &Conn{
-		cfg: cfg, key: cfg.Identity.Key(), log: cfg.Log, stop: stop,
+		cfg: cfg, key: cfg.Identity.Key(), log: cfg.Log, life: run, stop: stop,
 		refresh: make(chan struct{}, 1), again: make(chan struct{}, 1), revoked: make(chan struct{}),
-		subs: map[*Subscription]struct{}{}, moved: make(chan struct{}), tell: make(chan func(), 64), status: Disconnected,
+		subs: map[*Subscription]struct{}{}, joined: map[bus.RoomID]*Room{}, moved: make(chan struct{}), tell: make(chan func(), 64), status: Disconnected,
 	}
 	first, err := c.open(ctx, "")
 	if err != nil {
@@ -156,8 +164,9 @@ func Dial(ctx context.Context, cfg DialConfig) (*Conn, error) {
 
 // line is one connection to a server.
 type line struct {
-	nc     *nats.Conn
-	hinted bool // guarded by Conn.mu: there is more to have than it may do
+	nc      *nats.Conn
+	answers *answers // of recorders
+	hinted  bool     // guarded by Conn.mu: there is more to have than it may do
 }
 
 // enter makes a line the live one; it needs mu. A hint that came before is not
@@ -195,7 +204,10 @@ func (c *Conn) open(ctx context.Context, before string) (*line, error) {
 		nc, err := nats.Connect(strings.Join(urls, ","), opts...)
 		if err == nil {
 			l.nc = nc
-			if _, err = nc.Subscribe(bus.NoticeSubscribe(c.key), c.noticed); err == nil {
+			if l.answers, err = hearAnswers(nc); err == nil {
+				_, err = nc.Subscribe(bus.NoticeSubscribe(c.key), c.noticed)
+			}
+			if err == nil {
 				return l, nil
 			}
 			nc.Close()
@@ -535,6 +547,7 @@ func (c *Conn) asking(ctx context.Context) {
 		if c.cfg.API == nil {
 			continue
 		}
+		asked := time.Now()
 		me, err := c.cfg.API.Me(ctx)
 		if err != nil {
 			c.log.Debug("rooms are not known anew", "err", err)
@@ -550,6 +563,7 @@ func (c *Conn) asking(ctx context.Context) {
 		n = 0
 		c.mu.Lock()
 		changed := !slices.Equal(c.rooms, me.Rooms)
+		c.roomsAt = asked
 		if c.rooms = me.Rooms; changed && c.cfg.OnRooms != nil {
 			rooms := slices.Clone(me.Rooms)
 			c.say(func() { c.cfg.OnRooms(rooms) })
@@ -581,11 +595,7 @@ func (c *Conn) Publish(ctx context.Context, room bus.RoomID, topic string, data 
 	m := nats.NewMsg(bus.RoomSubject(room, c.key, topic))
 	m.Data = data
 	m.Header.Set(messageID, nuid.Next())
-	return c.withLive(ctx, func() error {
-		c.publishing.RLock()
-		defer c.publishing.RUnlock()
-		return c.line().PublishMsg(m)
-	})
+	return c.publish(ctx, m)
 }
 
 // Flush returns when a server has taken everything published before.
@@ -654,4 +664,24 @@ func (c *Conn) Close() {
 	hurry := make(chan struct{})
 	close(hurry)
 	c.drain(hurry, l)
+}
+
+// movement is how the connection stands, and a channel that is closed when that
+// changes.
+func (c *Conn) movement() (moved <-chan struct{}, connected bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.moved, c.status == Connected
+}
+
+// whileOpen runs something that Close waits for, unless the connection is closed
+// already.
+func (c *Conn) whileOpen(f func()) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.status == Closed {
+		return false
+	}
+	c.done.Go(f)
+	return true
 }

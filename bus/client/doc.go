@@ -16,7 +16,26 @@
 //	err = conn.Publish(ctx, "ops", "disk", []byte("full"))
 //
 // Messages of rooms are delivered at most once, to who is connected: see Dial
-// for what that means when a server dies. Nothing is heard in durable rooms yet.
+// for what that means when a server dies.
+//
+// # Durable rooms
+//
+// A durable room keeps what is sent. With DialConfig.API set, a Room publishes,
+// and returns when a quorum of nodes has stored the message; and subscribes, from
+// now, a sequence, a time or the start on, without gaps or duplicates and with
+// the messages of each sender in their order, whichever node dies meanwhile:
+//
+//	room, err := conn.Room(ctx, "ops") // made by: unibusctl room create ops --durable
+//	seq, err := room.Publish(ctx, "deploy", []byte("begins"))
+//	hearing, err := room.Subscribe(ctx, client.Hear{From: client.FromTime(yesterday), Topic: "log.>"}, func(m client.Message) {
+//		fmt.Println(m.Seq, m.Time, m.Sender, m.Topic, string(m.Data))
+//	})
+//	defer hearing.Unsubscribe()
+//
+// Send does not wait, so that many messages can be under way at once. Request
+// and Reply are a question and an answer inside a room; History reads a page of
+// what is stored. All of it works in rooms that are not durable, too, except
+// what needs a history.
 //
 // # Over HTTPS
 //

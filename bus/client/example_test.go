@@ -109,3 +109,56 @@ func Example() {
 		fmt.Fprintln(os.Stderr, err)
 	}
 }
+
+// A program keeps a log in a durable room, and reads what was said before.
+func ExampleConn_Room() {
+	err := func(ctx context.Context) error {
+		seed, err := os.ReadFile("watcher.nk") // unibusctl identity new --out watcher.nk
+		if err != nil {
+			return err
+		}
+		id, err := sig.ParseIdentity(seed)
+		if err != nil {
+			return err
+		}
+		api, err := client.New(client.Config{
+			URLs:   []string{"https://n1.example.org:8470", "https://n2.example.org:8470", "https://n3.example.org:8470"},
+			CAFile: "client-ca.crt", Identity: id,
+		})
+		if err != nil {
+			return err
+		}
+		defer api.Close()
+		ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+		defer cancel()
+		conn, err := client.Dial(ctx, client.DialConfig{
+			URLs:   []string{"tls://n1.example.org:4250", "tls://n2.example.org:4250", "tls://n3.example.org:4250"},
+			CAFile: "client-ca.crt", Identity: id, API: api,
+		})
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+
+		room, err := conn.Room(ctx, "ops") // unibusctl room create ops --durable
+		if err != nil {
+			return err
+		}
+		hearing, err := room.Subscribe(ctx, client.Hear{From: client.FromTime(time.Now().Add(-time.Hour))}, func(m client.Message) {
+			fmt.Println(m.Seq, m.Time, m.Sender, m.Topic, string(m.Data))
+		})
+		if err != nil {
+			return err
+		}
+		defer hearing.Unsubscribe()
+		seq, err := room.Publish(ctx, "disk.full", []byte("/var on n2"))
+		if err != nil {
+			return err
+		}
+		fmt.Println("two of three nodes have it as number", seq)
+		return nil
+	}(context.Background())
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+	}
+}

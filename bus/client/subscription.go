@@ -15,6 +15,7 @@ type Subscription struct {
 	subject string
 	room    bus.RoomID
 	handler func(Message)
+	raw     func(*nats.Msg) // instead of handler; may be nil
 
 	next *nats.Subscription // on the line that is taking over; guarded by Conn.mu
 	sub  *nats.Subscription // on the live line; guarded by Conn.mu
@@ -38,7 +39,11 @@ func (c *Conn) Subscribe(room bus.RoomID, handler func(Message)) (*Subscription,
 	if err != nil {
 		return nil, err
 	}
-	s := &Subscription{conn: c, subject: bus.RoomSubscribe(room), room: room, handler: handler}
+	return c.subscribe(&Subscription{conn: c, subject: bus.RoomSubscribe(room), room: room, handler: handler})
+}
+
+func (c *Conn) subscribe(s *Subscription) (*Subscription, error) {
+	var err error
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.status == Closed {
@@ -138,6 +143,12 @@ func (s *Subscription) hand(m *nats.Msg) {
 	s.mu.Lock()
 	ended := s.ended
 	s.mu.Unlock()
+	if s.raw != nil {
+		if !ended {
+			s.raw(m)
+		}
+		return
+	}
 	token := strings.SplitN(m.Subject, ".", 4)
 	if ended || len(token) != 4 {
 		return

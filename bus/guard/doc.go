@@ -32,6 +32,10 @@ const (
 	RequestSignature   Name = "request-signature"    // off: the signature of a request is not verified
 	Authorize          Name = "authorize"            // off: everybody may do everything over the API
 	CallerRecheck      Name = "caller-recheck"       // off: who asked for a change is not looked at again before it is written
+	CleanHeaders       Name = "clean-headers"        // off: the recorder stores every header of a message
+	OwnInbox           Name = "own-inbox"            // off: the recorder answers wherever the sender wants
+	RecordRecheck      Name = "record-recheck"       // off: the recorder does not look whether the sender may still write
+	FeedRepair         Name = "feed-repair"          // off: a subscription fetches nothing that the feed left out
 	NonceOnce          Name = "nonce-once"           // off: a nonce is good more than once
 	NonceGrammar       Name = "nonce-grammar"        // off: who logs in signs whatever the server sends as its nonce
 	RosterSigner       Name = "roster-signer"        // off: whoever signed a roster is taken for one who may

@@ -63,9 +63,15 @@ func (v *View) RoomInfos() []bus.RoomInfo {
 }
 
 func (v *View) roomInfo(r RoomRevision) bus.RoomInfo {
+	var keep *bus.Retention
+	if r.Durable {
+		filled := r.Retention.Filled()
+		keep = &filled
+	}
 	return bus.RoomInfo{
 		Room: r.ID, Status: r.Status, Durable: r.Durable, Encrypted: r.Encrypted, Description: r.Description,
-		Creator: r.Creator, CreatedAt: r.CreatedAt, ArchivedAt: r.ArchivedAt, Members: v.present(r.ID), Revision: r.Revision,
+		Creator: r.Creator, CreatedAt: r.CreatedAt, ArchivedAt: r.ArchivedAt,
+		Retention: keep, Purged: r.Purged, Members: v.present(r.ID), Revision: r.Revision,
 	}
 }
 

@@ -13,6 +13,7 @@ type RoomOptions struct {
 	Durable     bool
 	Encrypted   bool
 	Description string
+	Retention   bus.Retention // of a durable room; may change
 }
 
 // CreateRoom makes a room with its first owner. Write order: the room record,
@@ -23,6 +24,12 @@ func (s *Store) CreateRoom(ctx context.Context, id bus.RoomID, owner bus.UserKey
 	description, err := bus.ParseDescription(o.Description)
 	if err != nil {
 		return Result{}, err
+	}
+	if err := o.Retention.Validate(); err != nil {
+		return Result{}, err
+	}
+	if !o.Durable && o.Retention != (bus.Retention{}) {
+		return Result{}, errNothingKept
 	}
 	return s.retried(ctx, string(id), func(s *Store) (Result, error) {
 		mayOwn := func() error {
@@ -35,7 +42,7 @@ func (s *Store) CreateRoom(ctx context.Context, id bus.RoomID, owner bus.UserKey
 			return Result{}, err
 		}
 		if r, _, ok := s.view.Room(id); ok {
-			same := r.Durable == o.Durable && r.Encrypted == o.Encrypted && r.Description == description
+			same := r.Durable == o.Durable && r.Encrypted == o.Encrypted && r.Description == description && r.Retention == o.Retention
 			if !same || r.Creator != owner || len(s.view.Members(id)) > 0 || r.Status != bus.RoomActive {
 				return Result{}, roomExists(r)
 			}
@@ -43,6 +50,7 @@ func (s *Store) CreateRoom(ctx context.Context, id bus.RoomID, owner bus.UserKey
 			r := bus.Room{
 				V: bus.RoomVersion, ID: id, Status: bus.RoomActive, Durable: o.Durable, Encrypted: o.Encrypted,
 				Description: description, Creator: owner, CreatedAt: s.now().UTC().Truncate(time.Millisecond),
+				Retention: o.Retention,
 			}
 			_, err := s.change(ctx, roomsIdx, string(id), r, expectation{})
 			if bus.CodeOf(err) == bus.Conflict {
@@ -65,10 +73,13 @@ func (s *Store) CreateRoom(ctx context.Context, id bus.RoomID, owner bus.UserKey
 // RoomPatch says what to change about a room; nil leaves as it is.
 type RoomPatch struct {
 	Description *string
+	Retention   *bus.Retention
 	Revision    uint64 // the change is made to this revision only; 0: to any
 }
 
-// PatchRoom changes what a room says of itself.
+var errNothingKept = bus.E(bus.Invalid, "the room is not durable: it keeps nothing").WithHint("durable is chosen when a room is made: unibusctl room create --durable")
+
+// PatchRoom changes what a room says of itself, and what it keeps.
 func (s *Store) PatchRoom(ctx context.Context, id bus.RoomID, p RoomPatch) (Result, error) {
 	return s.retried(ctx, string(id), func(s *Store) (Result, error) {
 		if err := s.mustBeOpen(id); err != nil {
@@ -86,6 +97,15 @@ func (s *Store) PatchRoom(ctx context.Context, id bus.RoomID, p RoomPatch) (Resu
 			}
 			r.Description = d
 		}
+		if p.Retention != nil {
+			if err := p.Retention.Validate(); err != nil {
+				return Result{}, err
+			}
+			if !r.Durable {
+				return Result{}, errNothingKept
+			}
+			r.Retention = *p.Retention
+		}
 		res, err := s.change(ctx, roomsIdx, string(id), r, expectation{revision: rev})
 		res.Already = r == before
 		res.What = fmt.Sprintf("changed room %s", id)
@@ -97,15 +117,17 @@ func (s *Store) PatchRoom(ctx context.Context, id bus.RoomID, p RoomPatch) (Resu
 }
 
 // ArchiveRoom ends a room for good: nobody reaches it any more and its id is
-// never used again. Its record and its members' stay. Repeating it proves it
-// again.
-func (s *Store) ArchiveRoom(ctx context.Context, id bus.RoomID) (Result, error) {
+// never used again. Its record and its members' stay. With purge what it has
+// stored is marked to go, also of a room that is archived already; else it stays,
+// for those who were in it. Repeating it proves it again.
+func (s *Store) ArchiveRoom(ctx context.Context, id bus.RoomID, purge bool) (Result, error) {
 	return s.retried(ctx, string(id), func(s *Store) (Result, error) {
 		r, rev, ok := s.view.Room(id)
 		if !ok {
 			return Result{}, noRoom(id)
 		}
 		already := r.Status == bus.RoomArchived
+		r.Purged = r.Purged || purge
 		if !already {
 			now := s.now().UTC().Truncate(time.Millisecond)
 			r.Status, r.ArchivedAt = bus.RoomArchived, &now

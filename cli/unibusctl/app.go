@@ -42,6 +42,7 @@ func (a *app) commands() []*cli.Command {
 		a.auditCommand(),
 		a.clusterCommand(),
 		a.doctorCommand(),
+		a.checkCommand(),
 		a.identityCommand(),
 		a.pkiCommand(),
 		a.configCommand(),

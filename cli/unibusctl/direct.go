@@ -359,7 +359,7 @@ func (d *direct) CreateRoom(ctx context.Context, r client.NewRoom) (bus.Change, 
 		return bus.Change{}, err
 	}
 	return d.record(ctx, "room.create", bus.AuditEntry{User: u.Key.NKey(), Room: r.Room}, func() (bus.Change, error) {
-		return kv.ChangeOf(d.slow.CreateRoom(ctx, r.Room, u.Key, kv.RoomOptions{Durable: r.Durable, Encrypted: r.Encrypted, Description: r.Description}))
+		return kv.ChangeOf(d.slow.CreateRoom(ctx, r.Room, u.Key, kv.RoomOptions{Durable: r.Durable, Encrypted: r.Encrypted, Description: r.Description, Retention: r.Retention}))
 	})
 }
 
@@ -369,8 +369,18 @@ func (d *direct) DescribeRoom(ctx context.Context, id bus.RoomID, description st
 	})
 }
 
-func (d *direct) ArchiveRoom(ctx context.Context, id bus.RoomID) (bus.Change, error) {
-	return d.record(ctx, "room.archive", bus.AuditEntry{Room: id}, func() (bus.Change, error) { return kv.ChangeOf(d.store.ArchiveRoom(ctx, id)) })
+// RetainRoom writes what the room is to keep; a membership has its stream keep it.
+func (d *direct) RetainRoom(ctx context.Context, id bus.RoomID, keep bus.Retention, revision uint64) (bus.Change, error) {
+	return d.record(ctx, "room.set", bus.AuditEntry{Room: id}, func() (bus.Change, error) {
+		return kv.ChangeOf(d.store.PatchRoom(ctx, id, kv.RoomPatch{Retention: &keep, Revision: revision}))
+	})
+}
+
+// ArchiveRoom marks what is stored to go, if purge; a membership takes it away.
+func (d *direct) ArchiveRoom(ctx context.Context, id bus.RoomID, purge bool) (bus.Change, error) {
+	return d.record(ctx, "room.archive", bus.AuditEntry{Room: id}, func() (bus.Change, error) {
+		return kv.ChangeOf(d.store.ArchiveRoom(ctx, id, purge))
+	})
 }
 
 func (d *direct) Members(_ context.Context, id bus.RoomID, gone bool) ([]bus.MemberInfo, error) {

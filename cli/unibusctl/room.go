@@ -5,6 +5,8 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/jedib0t/go-pretty/v6/table"
@@ -20,7 +22,7 @@ func (a *app) roomCommand() *cli.Command {
 		Category:    "access",
 		Usage:       "where users talk, and who belongs",
 		Description: "Every user may make rooms. Owners and admins change them; members see them; to everybody\nelse they do not exist.",
-		Subcommands: []*cli.Command{
+		Subcommands: append([]*cli.Command{
 			{
 				Name: "create", ArgsUsage: "ROOM",
 				Usage:       "make a room; its id is never used again",
@@ -30,6 +32,9 @@ func (a *app) roomCommand() *cli.Command {
 					&cli.BoolFlag{Name: "durable", Usage: "keep messages on a quorum of nodes; cannot be changed later"},
 					&cli.BoolFlag{Name: "encrypted", Usage: "end-to-end; cannot be changed later"},
 					&cli.StringFlag{Name: "description", Usage: "one line `TEXT`, up to 200 characters"},
+					&cli.DurationFlag{Name: "max-age", Usage: "of a durable room: keep messages for this `TIME`; default: for ever"},
+					&cli.StringFlag{Name: "max-bytes", Usage: "of a durable room: keep at most this `SIZE`, such as 64MiB, on each node; default: 32MiB"},
+					&cli.Int64Flag{Name: "max-messages", Usage: "of a durable room: keep at most this `NUMBER`; default: any"},
 				},
 				Action: a.roomCreate,
 			},
@@ -42,15 +47,20 @@ func (a *app) roomCommand() *cli.Command {
 				Description: "   unibusctl room show ops", Action: a.roomShow,
 			},
 			{
-				Name: "set", ArgsUsage: "ROOM", Usage: "change what a room says of itself",
-				Description: "   unibusctl room set ops --description 'on call: alice'",
-				Flags:       []cli.Flag{&cli.StringFlag{Name: "description", Required: true, Usage: "one line `TEXT`, up to 200 characters; empty for none"}},
-				Action:      a.roomSet,
+				Name: "set", ArgsUsage: "ROOM", Usage: "change what a room says of itself, or what it keeps",
+				Description: "When a durable room is to keep less, the oldest messages go at once.\n\n   unibusctl room set ops --description 'on call: alice'\n   unibusctl room set ops --max-age 720h --max-bytes 64MiB",
+				Flags: []cli.Flag{
+					&cli.StringFlag{Name: "description", Usage: "one line `TEXT`, up to 200 characters; empty for none"},
+					&cli.DurationFlag{Name: "max-age", Usage: "keep messages for this `TIME`; 0: for ever"},
+					&cli.StringFlag{Name: "max-bytes", Usage: "keep at most this `SIZE`, such as 64MiB, on each node"},
+					&cli.Int64Flag{Name: "max-messages", Usage: "keep at most this `NUMBER`; 0: any"},
+				},
+				Action: a.roomSet,
 			},
 			{
 				Name: "archive", ArgsUsage: "ROOM", Usage: "close a room for good",
-				Description: "Nobody reaches it any more and its id is never used again. The record stays.\n\n   unibusctl room archive ops --yes",
-				Flags:       []cli.Flag{dryRunFlag()},
+				Description: "Nobody writes into it any more and its id is never used again. The record stays. What a durable\nroom has stored stays too, for who was in it at the end, unless --messages purge takes it away.\n\n   unibusctl room archive ops --yes",
+				Flags:       []cli.Flag{dryRunFlag(), &cli.StringFlag{Name: "messages", Value: "keep", Usage: "`keep|purge` what the room has stored"}},
 				Action:      a.roomArchive,
 			},
 			{
@@ -73,7 +83,7 @@ func (a *app) roomCommand() *cli.Command {
 				Flags:       []cli.Flag{&cli.BoolFlag{Name: "all", Usage: "also those who left or were removed"}},
 				Action:      a.roomMembers,
 			},
-		},
+		}, a.talkCommands()...),
 	}
 }
 
@@ -86,6 +96,9 @@ func (a *app) roomCreate(c *cli.Context) error {
 	if r.Description, err = bus.ParseDescription(c.String("description")); err != nil {
 		return err
 	}
+	if err := retention(c, &r.Retention); err != nil {
+		return err
+	}
 	if owner := c.String("owner"); owner != "" {
 		if r.Owner, err = userName(owner); err != nil {
 			return err
@@ -94,6 +107,42 @@ func (a *app) roomCreate(c *cli.Context) error {
 		return &usageError{msg: "a room needs an owner: set --owner USER, or --identity FILE"}
 	}
 	return a.changing(c.Context, func(ctx context.Context, b backend) (bus.Change, error) { return b.CreateRoom(ctx, r) })
+}
+
+// retention reads the flags that say what a room keeps into what it keeps so far.
+func retention(c *cli.Context, keep *bus.Retention) error {
+	if c.IsSet("max-age") {
+		keep.MaxAgeSeconds = int64(c.Duration("max-age") / time.Second)
+	}
+	if c.IsSet("max-messages") {
+		keep.MaxMessages = c.Int64("max-messages")
+	}
+	if c.IsSet("max-bytes") {
+		n, err := byteSize(c.String("max-bytes"))
+		if err != nil {
+			return err
+		}
+		keep.MaxBytes = n
+	}
+	return keep.Validate()
+}
+
+// byteSize reads a number of bytes, or of KiB, MiB or GiB.
+func byteSize(s string) (int64, error) {
+	digits, factor := s, int64(1)
+	for i, unit := range []string{"KiB", "MiB", "GiB"} {
+		if d, ok := strings.CutSuffix(s, unit); ok {
+			digits, factor = d, int64(1)<<(10*(i+1))
+		}
+	}
+	n, err := strconv.ParseInt(strings.TrimSpace(digits), 10, 32)
+	if err != nil && factor == 1 {
+		n, err = strconv.ParseInt(digits, 10, 53)
+	}
+	if err != nil || n < 0 {
+		return 0, &usageError{msg: fmt.Sprintf("%s is no size", quote(s)), hint: "a number of bytes, or of KiB, MiB or GiB: 64MiB"}
+	}
+	return n * factor, nil
 }
 
 // ownKey is the public key of --identity.
@@ -163,10 +212,28 @@ func (a *app) roomShow(c *cli.Context) error {
 			{"archived", stamp(r.ArchivedAt)},
 			{"revision", r.Revision},
 		})
+		if k := r.Retention; k != nil {
+			t.AppendRow(table.Row{"keeps", keeps(*k, r.Purged)})
+		}
 		for _, m := range r.Members {
 			t.AppendRow(table.Row{"member " + string(m.Handle), m.Role})
 		}
 	})
+}
+
+// keeps says in words what a room keeps.
+func keeps(k bus.Retention, purged bool) string {
+	if purged {
+		return "nothing: taken away"
+	}
+	s := fmt.Sprintf("%d MiB on each node", k.MaxBytes>>20)
+	if k.MaxMessages > 0 {
+		s += fmt.Sprintf(", %d messages", k.MaxMessages)
+	}
+	if k.MaxAgeSeconds > 0 {
+		s += fmt.Sprintf(", %s", time.Duration(k.MaxAgeSeconds)*time.Second)
+	}
+	return s
 }
 
 func (a *app) roomMembers(c *cli.Context) error {
@@ -203,6 +270,10 @@ func (a *app) roomSet(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	retains := c.IsSet("max-age") || c.IsSet("max-bytes") || c.IsSet("max-messages")
+	if retains == c.IsSet("description") {
+		return &usageError{msg: "set --description, or what the room keeps by --max-age, --max-bytes and --max-messages", hint: "unibusctl room show " + string(id)}
+	}
 	description, err := bus.ParseDescription(c.String("description"))
 	if err != nil {
 		return err
@@ -212,7 +283,17 @@ func (a *app) roomSet(c *cli.Context) error {
 		if err != nil {
 			return bus.Change{}, err
 		}
-		return b.DescribeRoom(ctx, id, description, r.Revision)
+		if !retains {
+			return b.DescribeRoom(ctx, id, description, r.Revision)
+		}
+		var keep bus.Retention
+		if r.Retention != nil {
+			keep = *r.Retention
+		}
+		if err := retention(c, &keep); err != nil {
+			return bus.Change{}, err
+		}
+		return b.RetainRoom(ctx, id, keep, r.Revision)
 	})
 }
 
@@ -220,6 +301,10 @@ func (a *app) roomArchive(c *cli.Context) error {
 	id, err := oneRoom(c)
 	if err != nil {
 		return err
+	}
+	purge := c.String("messages") == "purge"
+	if m := c.String("messages"); !purge && m != "keep" {
+		return &usageError{msg: fmt.Sprintf("--messages is keep or purge, not %s", quote(m))}
 	}
 	if c.Bool("dry-run") {
 		return a.reading(c.Context, func(ctx context.Context, b backend) error {
@@ -237,10 +322,14 @@ func (a *app) roomArchive(c *cli.Context) error {
 			return a.plan(fmt.Sprintf("archive room %s for good, which these %d lose", id, len(lost)), lost...)
 		})
 	}
-	if err := a.confirm(fmt.Sprintf("archive room %s for good?", id)); err != nil {
+	question := fmt.Sprintf("archive room %s for good?", id)
+	if purge {
+		question = fmt.Sprintf("archive room %s for good, and take away all that it has stored?", id)
+	}
+	if err := a.confirm(question); err != nil {
 		return err
 	}
-	return a.changing(c.Context, func(ctx context.Context, b backend) (bus.Change, error) { return b.ArchiveRoom(ctx, id) })
+	return a.changing(c.Context, func(ctx context.Context, b backend) (bus.Change, error) { return b.ArchiveRoom(ctx, id, purge) })
 }
 
 func (a *app) roomAdd(c *cli.Context) error {

@@ -32,9 +32,11 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"golang.org/x/time/rate"
 
 	"unibus.internal/bus/kv"
 	"unibus.internal/services/membership/api"
+	"unibus.internal/services/membership/recorder"
 )
 
 var version = "devel" // set by the linker
@@ -62,6 +64,7 @@ type config struct {
 	authorities              []string
 	proxies                  []netip.Prefix
 	rateKey, rateAddress     api.Rate
+	rateRoom                 api.Rate
 	maxRequests              int
 	check                    bool
 }
@@ -88,11 +91,12 @@ func parseConfig(args []string, getenv func(string) string, stderr io.Writer) (c
 	fs.StringVar(&c.key, "api-key", env("UNIBUS_API_KEY", "/etc/unibus/tls/api.key"), "its key file ($UNIBUS_API_KEY)")
 	fs.StringVar(&lease, "lease", env("UNIBUS_LEASE", "10s"), "how long a barrier allows decisions, 1s to 10s ($UNIBUS_LEASE)")
 	fs.StringVar(&drain, "drain-delay", env("UNIBUS_DRAIN_DELAY", "15s"), "how long to say 503 before stopping ($UNIBUS_DRAIN_DELAY)")
-	var authorities, proxies, rateKey, rateAddress, maxRequests string
+	var authorities, proxies, rateKey, rateAddress, rateRoom, maxRequests string
 	fs.StringVar(&authorities, "authorities", env("UNIBUS_AUTHORITIES", ""), "comma list of host:port under which clients reach this node, load balancers included; default: loopback ($UNIBUS_AUTHORITIES)")
 	fs.StringVar(&proxies, "trusted-proxies", env("UNIBUS_TRUSTED_PROXIES", ""), "comma list of addresses or networks whose X-Forwarded-For is believed for rate limits and audit ($UNIBUS_TRUSTED_PROXIES)")
 	fs.StringVar(&rateKey, "rate-key", env("UNIBUS_RATE_KEY", "50:200"), "requests of one user, PER_SECOND:BURST ($UNIBUS_RATE_KEY)")
 	fs.StringVar(&rateAddress, "rate-address", env("UNIBUS_RATE_ADDRESS", "200:800"), "requests of one address, PER_SECOND:BURST ($UNIBUS_RATE_ADDRESS)")
+	fs.StringVar(&rateRoom, "rate-room", env("UNIBUS_RATE_ROOM", "2000:4000"), "messages that this node records of one durable room, PER_SECOND:BURST ($UNIBUS_RATE_ROOM)")
 	fs.StringVar(&maxRequests, "max-requests", env("UNIBUS_MAX_REQUESTS", "256"), "signed requests in flight at most ($UNIBUS_MAX_REQUESTS)")
 	fs.BoolVar(&c.check, "check", false, "check the configuration and exit")
 	if err := fs.Parse(args); err != nil {
@@ -112,7 +116,7 @@ func parseConfig(args []string, getenv func(string) string, stderr io.Writer) (c
 	case c.node == "":
 		return c, errors.New("the node has no name; set UNIBUS_NODE")
 	}
-	if err := c.limits(authorities, proxies, rateKey, rateAddress, maxRequests); err != nil {
+	if err := c.limits(authorities, proxies, rateKey, rateAddress, rateRoom, maxRequests); err != nil {
 		return c, err
 	}
 	monitor, err := api.NewMonitor(c.monitorURL)
@@ -123,7 +127,7 @@ func parseConfig(args []string, getenv func(string) string, stderr io.Writer) (c
 }
 
 // limits reads who may ask, how often, and by which names.
-func (c *config) limits(authorities, proxies, rateKey, rateAddress, maxRequests string) (err error) {
+func (c *config) limits(authorities, proxies, rateKey, rateAddress, rateRoom, maxRequests string) (err error) {
 	if c.authorities, err = parseAuthorities(authorities, c.listen); err != nil {
 		return err
 	}
@@ -141,6 +145,9 @@ func (c *config) limits(authorities, proxies, rateKey, rateAddress, maxRequests 
 		return err
 	}
 	if c.rateAddress, err = api.ParseRate(rateAddress); err != nil {
+		return err
+	}
+	if c.rateRoom, err = api.ParseRate(rateRoom); err != nil {
 		return err
 	}
 	if c.maxRequests, err = strconv.Atoi(maxRequests); err != nil || c.maxRequests < 1 || c.maxRequests > 1<<16 {
@@ -220,7 +227,23 @@ func run(ctx context.Context, args []string, getenv func(string) string, stderr 
 		return fail(log, exitConfig, err)
 	}
 	defer rooms.Close()
-	view, err := kv.NewView(kv.ViewConfig{Conn: nc, Service: "membership", Node: c.node, Lease: c.lease, Log: log, EncryptionKeys: true})
+	poked := make(chan struct{}, 1)
+	poke := func() {
+		select {
+		case poked <- struct{}{}:
+		default:
+		}
+	}
+	view, err := kv.NewView(kv.ViewConfig{
+		Conn: nc, Service: "membership", Node: c.node, Lease: c.lease, Log: log, EncryptionKeys: true,
+		OnLease: func(bool) { poke() },
+		OnChange: func(ch kv.Change, done func(kv.Enforced)) {
+			if ch.Bucket == kv.Rooms {
+				poke()
+			}
+			done(kv.Enforced{})
+		},
+	})
 	if err != nil {
 		return fail(log, exitConfig, err)
 	}
@@ -242,10 +265,17 @@ func run(ctx context.Context, args []string, getenv func(string) string, stderr 
 		return fail(log, exitConfig, err)
 	}
 	registry := newRegistry(health, monitor)
+	record, err := recorder.New(recorder.Config{
+		Conn: rooms, View: view, Log: log, Now: time.Now, Metrics: registry,
+		Rate: rate.Limit(c.rateRoom.PerSecond), Burst: c.rateRoom.Burst, Poked: poked,
+	})
+	if err != nil {
+		return fail(log, exitConfig, err)
+	}
 	server := api.NewServer(api.Config{
 		Health: health, Log: log, Version: version,
 		TLS:  &tls.Config{GetCertificate: certs.Get, MinVersion: tls.VersionTLS12},
-		View: view, Store: store, Audit: audit, Conn: nc, Lease: c.lease,
+		View: view, Store: store, Audit: audit, Rooms: record, Conn: nc, Lease: c.lease,
 		Authorities: c.authorities, Proxies: c.proxies, RateKey: c.rateKey, RateAddress: c.rateAddress, MaxRequests: c.maxRequests,
 		Metrics: registry,
 	})
@@ -258,7 +288,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stderr 
 		return fail(log, exitUnavailable, err)
 	}
 	return serve(ctx, c, log, parts{
-		nc: nc, rooms: rooms, view: view, store: store, audit: audit, health: health, certs: certs, registry: registry,
+		nc: nc, rooms: rooms, recorder: record, view: view, store: store, audit: audit, health: health, certs: certs, registry: registry,
 		server: server, ln: ln, admin: admin,
 	})
 }

@@ -20,6 +20,7 @@ import (
 	"unibus.internal/bus"
 	"unibus.internal/bus/kv"
 	"unibus.internal/services/membership/api"
+	"unibus.internal/services/membership/recorder"
 )
 
 // certificatesEvery is how often the files of the certificate are looked at: who
@@ -30,6 +31,7 @@ const certificatesEvery = 5 * time.Second
 type parts struct {
 	nc       *nats.Conn
 	rooms    *nats.Conn // account BUS: durable rooms and blobs
+	recorder *recorder.Recorder
 	view     *kv.View
 	store    *kv.Store
 	audit    *kv.Audit
@@ -71,6 +73,9 @@ func serve(ctx context.Context, c config, log *slog.Logger, p parts) int {
 		p.view.Run(lease)
 	})
 	background.Go(func() { reconcile(work, log, p.view, p.store) })
+	recording, stopRecording := context.WithCancel(lease)
+	defer stopRecording()
+	decides.Go(func() { p.recorder.Run(recording) })
 	records.Go(func() { p.audit.Run(record) })
 	log.Info("serving", "node", c.node, "api", p.ln.Addr(), "admin", p.admin.Addr(), "version", version)
 
@@ -84,6 +89,7 @@ func serve(ctx context.Context, c config, log *slog.Logger, p parts) int {
 	log.Info("draining", "delay", c.drainDelay)
 	notify(daemon.SdNotifyStopping)
 	p.health.Drain()
+	stopRecording() // the others take over
 	if code == 0 {
 		select {
 		case <-time.After(c.drainDelay):

@@ -36,6 +36,7 @@ import (
 
 	"unibus.internal/bus"
 	"unibus.internal/bus/kv"
+	"unibus.internal/services/membership/recorder"
 )
 
 // Config configures a Server.
@@ -46,9 +47,10 @@ type Config struct {
 	Version string
 
 	View  *kv.View
-	Store *kv.Store  // shared with everything else in the process that changes records
-	Audit *kv.Audit  // running beside the View
-	Conn  *nats.Conn // for reads of the audit
+	Store *kv.Store          // shared with everything else in the process that changes records
+	Rooms *recorder.Recorder // what durable rooms store
+	Audit *kv.Audit          // running beside the View
+	Conn  *nats.Conn         // for reads of the audit
 	Lease time.Duration
 
 	Authorities []string       // host:port that clients may mean by this node; never empty
@@ -89,7 +91,7 @@ func NewServer(cfg Config) *Server {
 		addresses: newLimiter[netip.Prefix](cfg.RateAddress), keys: newLimiter[bus.UserKey](cfg.RateKey),
 		readers: make(chan struct{}, readersPerSlot*cfg.MaxRequests), slots: make(chan struct{}, cfg.MaxRequests),
 	}
-	a := &api{view: cfg.View, store: cfg.Store, conn: cfg.Conn, audit: t, now: cfg.Now, patrol: cfg.Lease + ProofMargin, verifying: make(chan struct{}, 1)}
+	a := &api{view: cfg.View, store: cfg.Store, stored: cfg.Rooms, conn: cfg.Conn, audit: t, now: cfg.Now, patrol: cfg.Lease + ProofMargin, verifying: make(chan struct{}, 1)}
 	s := &Server{log: cfg.Log, public: publicRoutes(cfg.Health, openAPI(cfg.Version)), signed: signedRoutes(g, a)}
 	s.http = &http.Server{
 		Handler: http.HandlerFunc(s.route), TLSConfig: cfg.TLS,

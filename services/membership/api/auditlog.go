@@ -89,11 +89,11 @@ func auditOperations() []operation {
 			id: "listAudit", method: http.MethodGet, path: "/v1/audit", tag: "audit", summary: "Read the audit",
 			detail: "Admins only. Oldest first; give next as after for what follows, until it is empty.",
 			answer: auditAnswer{[]bus.AuditRecord{exampleRecord}, ""}, errors: []int{http.StatusForbidden, http.StatusNotFound},
-		}, auditList, (*api).auditRecords),
+		}, auditList, nil, (*api).auditRecords),
 		consult(spec{
 			id: "verifyAudit", method: http.MethodGet, path: "/v1/audit/verify", tag: "audit", summary: "Verify the whole audit",
 			detail: "Admins only. Who does not trust the service verifies with unibusctl audit verify --direct.",
 			answer: auditReportAnswer{exampleReport}, errors: []int{http.StatusForbidden},
-		}, auditVerify, (*api).auditReport),
+		}, auditVerify, nil, (*api).auditReport),
 	}
 }

@@ -100,12 +100,12 @@ func connectionOperations() []operation {
 			id: "listConnections", method: http.MethodGet, path: "/v1/connections", tag: "connections", summary: "List who is connected",
 			detail: "Admins only. By server and cid; give next as after for what follows, until it is empty. Of servers that are missing nothing is known.",
 			answer: example, errors: errors,
-		}, connectionList, (*api).connections),
+		}, connectionList, nil, (*api).connections),
 		consult(spec{
 			id: "listUserConnections", method: http.MethodGet, path: "/v1/users/{user}/connections", tag: "connections", summary: "List a user's connections",
 			detail: "Admins only. As listConnections.",
 			answer: example, errors: errors,
-		}, connectionList, (*api).connectionsOfUser),
+		}, connectionList, nil, (*api).connectionsOfUser),
 		change[kickRequest, bus.Change](spec{
 			id: "kickConnections", method: http.MethodDelete, path: "/v1/users/{user}/connections", tag: "connections", summary: "Close a user's connections",
 			detail: "Admins only. All, or those to one server, or one of them. It takes no access away: clients connect again.",

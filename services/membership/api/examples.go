@@ -46,6 +46,10 @@ var (
 		Room: "ops", Status: bus.RoomActive, Description: "what happens on the machines", Creator: exampleAlice,
 		CreatedAt: exampleTime, Members: 1, Revision: 3,
 	}
+	exampleMessage = bus.StoredMessage{
+		Seq: 42, Time: exampleTime, Sender: exampleAlice, NKey: exampleAlice.NKey(), Topic: "log.n1",
+		Headers: []bus.MessageHeader{{Name: bus.MessageIDHeader, Value: "c2pG3mJqUQWk"}}, Data: []byte("disk 91 % full"),
+	}
 	exampleMember = bus.MemberInfo{
 		SignPub: exampleAlice, NKey: exampleAlice.NKey(), Handle: "alice", Role: bus.Owner, Status: bus.Present,
 		UserStatus: bus.Active, AddedAt: exampleTime, Revision: 4,

@@ -136,7 +136,7 @@ func inviteOperations() []operation {
 		consult(spec{
 			id: "listInvites", method: http.MethodGet, path: "/v1/invites", tag: "invites", summary: "List invites, newest first",
 			detail: "Admins only. Never with their tokens.", answer: invitesAnswer{[]bus.InviteInfo{exampleInvite}}, errors: []int{http.StatusForbidden},
-		}, inviteList, (*api).invites),
+		}, inviteList, nil, (*api).invites),
 		change[invitePath, inviteWithdrawnAnswer](spec{
 			id: "withdrawInvite", method: http.MethodDelete, path: "/v1/invites/{id}", tag: "invites", summary: "Withdraw an invite",
 			detail: "Admins only. Goes on when the audit cannot be written.", answer: inviteWithdrawnAnswer{exampleInvite, false},

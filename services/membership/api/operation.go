@@ -12,6 +12,7 @@ import (
 	"unibus.internal/bus"
 	"unibus.internal/bus/guard"
 	"unibus.internal/bus/kv"
+	"unibus.internal/services/membership/recorder"
 )
 
 // spec is what the documentation says of an operation.
@@ -38,7 +39,8 @@ type operation struct {
 type api struct {
 	view   *kv.View
 	store  *kv.Store
-	conn   *nats.Conn // reads of the audit
+	stored *recorder.Recorder // of durable rooms
+	conn   *nats.Conn         // reads of the audit
 	audit  *trail
 	now    func() time.Time
 	patrol time.Duration // how long a change may take: a lease, and the doubt around it
@@ -78,15 +80,19 @@ func read[In, Out any](s spec, h func(a *api, ctx context.Context, c *caller, in
 
 // consult makes an operation that answers from elsewhere than the View, which
 // may take its time. No hold lasts that long: the caller is looked at again
-// when the answer is there.
-func consult[In, Out any](s spec, act action, h func(a *api, ctx context.Context, c *caller, in *In) (Out, error)) operation {
+// when the answer is there. about is what the answer is about, as it is then;
+// nil: nothing in particular.
+func consult[In, Out any](s spec, act action, about func(a *api, c *caller, in *In) target, h func(a *api, ctx context.Context, c *caller, in *In) (Out, error)) operation {
 	o := newOperation[In, Out](s, http.StatusOK)
+	if about == nil {
+		about = func(*api, *caller, *In) target { return target{} }
+	}
 	o.serve = func(a *api, x *exchange) error {
 		in := new(In)
 		if err := o.shape.bind(x.r, x.body, in); err != nil {
 			return err
 		}
-		if err := a.authorize(x.caller, act, target{}); err != nil {
+		if err := a.authorize(x.caller, act, about(a, x.caller, in)); err != nil {
 			return err
 		}
 		ctx, cancel := context.WithTimeout(x.r.Context(), a.patrol)
@@ -99,7 +105,7 @@ func consult[In, Out any](s spec, act action, h func(a *api, ctx context.Context
 		defer hold.Release()
 		c, err := a.current(x.caller)
 		if err == nil {
-			err = may(c.subject(), act, target{})
+			err = may(c.subject(), act, about(a, c, in))
 		}
 		hold.Release()
 		return x.answer(out, err)

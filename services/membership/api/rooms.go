@@ -4,6 +4,7 @@ import (
 	"context"
 	"net/http"
 	"slices"
+	"time"
 
 	"unibus.internal/bus"
 	"unibus.internal/bus/kv"
@@ -111,11 +112,12 @@ type createRoomRequest struct {
 }
 
 type createRoomBody struct {
-	Room        bus.RoomID `json:"room"`
-	Durable     bool       `json:"durable,omitempty" doc:"what is sent is kept; fixed for ever"`
-	Encrypted   bool       `json:"encrypted,omitempty" doc:"end to end; fixed for ever"`
-	Description string     `json:"description,omitempty" maxLength:"200"`
-	Owner       userName   `json:"owner,omitempty" doc:"the first owner, if not the caller; admins only"`
+	Room        bus.RoomID     `json:"room"`
+	Durable     bool           `json:"durable,omitempty" doc:"what is sent is kept; fixed for ever"`
+	Encrypted   bool           `json:"encrypted,omitempty" doc:"end to end; fixed for ever"`
+	Description string         `json:"description,omitempty" maxLength:"200"`
+	Retention   *bus.Retention `json:"retention,omitempty" doc:"what a durable room keeps; may be changed"`
+	Owner       userName       `json:"owner,omitempty" doc:"the first owner, if not the caller; admins only"`
 }
 
 func (a *api) createRoom(c *caller, in *createRoomRequest) (plan, error) {
@@ -131,12 +133,46 @@ func (a *api) createRoom(c *caller, in *createRoomRequest) (plan, error) {
 		}
 	}
 	o := kv.RoomOptions{Durable: in.Body.Durable, Encrypted: in.Body.Encrypted, Description: in.Body.Description}
+	if in.Body.Retention != nil {
+		o.Retention = *in.Body.Retention
+	}
 	return plan{
 		action: roomCreate, target: func(*caller) target { return target{room: in.Body.Room, user: owner} },
 		do: func(ctx context.Context, s *kv.Store) (effect, error) {
+			if err := a.stream(ctx, c, in.Body.Room, o); err != nil {
+				return effect{}, err
+			}
 			return changed(s.CreateRoom(ctx, in.Body.Room, owner, o))
 		},
 	}, nil
+}
+
+// maxDurableRooms bounds the durable rooms that one member has made and not
+// archived: each takes space that the others then have not.
+const maxDurableRooms = 16
+
+// stream makes the stream of a durable room before the room: a room without one
+// would be there and take nothing. A stream without a room is empty, and waits
+// for it.
+func (a *api) stream(ctx context.Context, c *caller, id bus.RoomID, o kv.RoomOptions) error {
+	if _, _, there := a.view.Room(id); !o.Durable || there {
+		return nil // there: the Store says so
+	}
+	if err := o.Retention.Validate(); err != nil {
+		return err
+	}
+	if c.access.User.Role != bus.Admin {
+		made := 0
+		for _, r := range a.view.Rooms() {
+			if r.Durable && r.Status == bus.RoomActive && r.Creator == c.key {
+				made++
+			}
+		}
+		if made >= maxDurableRooms {
+			return bus.E(bus.Conflict, "you have made %d durable rooms, the most a member may", made).WithHint("unibusctl room archive ROOM --messages purge")
+		}
+	}
+	return a.stored.Ensure(ctx, id, o.Retention)
 }
 
 type patchRoomRequest struct {
@@ -146,22 +182,85 @@ type patchRoomRequest struct {
 }
 
 type patchRoomBody struct {
-	Description string `json:"description" maxLength:"200"`
+	Description *string        `json:"description,omitempty" maxLength:"200"`
+	Retention   *bus.Retention `json:"retention,omitempty" doc:"of a durable room; when it gets less, the oldest messages go at once"`
 }
 
 func (a *api) patchRoom(_ *caller, in *patchRoomRequest) (plan, error) {
-	p := kv.RoomPatch{Description: &in.Body.Description, Revision: in.IfMatch.revision()}
+	p := kv.RoomPatch{Description: in.Body.Description, Retention: in.Body.Retention, Revision: in.IfMatch.revision()}
+	if p.Description == nil && p.Retention == nil {
+		return plan{}, invalid("there is nothing to change")
+	}
 	return plan{
 		action: roomPatch, target: a.aboutRoom(in.Room, bus.UserKey{}),
-		do: func(ctx context.Context, s *kv.Store) (effect, error) { return changed(s.PatchRoom(ctx, in.Room, p)) },
+		do: func(ctx context.Context, s *kv.Store) (effect, error) {
+			done, err := changed(s.PatchRoom(ctx, in.Room, p))
+			if err == nil && p.Retention != nil {
+				err = a.stored.Ensure(ctx, in.Room, *p.Retention)
+			}
+			return done, err
+		},
 	}, nil
 }
 
-func (a *api) archiveRoom(_ *caller, in *roomPath) (plan, error) {
+type archiveRoomRequest struct {
+	Room     bus.RoomID `path:"room"`
+	Messages string     `query:"messages" enum:"keep,purge" default:"keep" doc:"what a durable room has stored: keep it for who was in it at the end, or take it away"`
+}
+
+func (a *api) archiveRoom(_ *caller, in *archiveRoomRequest) (plan, error) {
+	purge := in.Messages == "purge"
 	return plan{
-		action: roomArchive, target: a.aboutRoom(in.Room, bus.UserKey{}),
-		do: func(ctx context.Context, s *kv.Store) (effect, error) { return changed(s.ArchiveRoom(ctx, in.Room)) },
+		action: roomArchive, target: a.aboutRoom(in.Room, bus.UserKey{}), detail: summary("messages", in.Messages),
+		do: func(ctx context.Context, s *kv.Store) (effect, error) {
+			done, err := changed(s.ArchiveRoom(ctx, in.Room, purge))
+			if r, _, _ := a.view.Room(in.Room); err == nil && purge && r.Durable {
+				err = a.stored.Purge(ctx, in.Room) // a recorder will, otherwise
+			}
+			return done, err
+		},
 	}, nil
+}
+
+type listMessages struct {
+	Room   bus.RoomID `path:"room"`
+	After  uint64     `query:"after" doc:"messages behind this sequence"`
+	Since  time.Time  `query:"since" doc:"messages stored from this time on; after is not looked at"`
+	Newest bool       `query:"newest" doc:"the newest limit messages; after and since are not looked at"`
+	Limit  int        `query:"limit" minimum:"1" maximum:"1000" default:"100"`
+}
+
+type messagesAnswer struct {
+	Room     bus.RoomID          `json:"room"`
+	Messages []bus.StoredMessage `json:"messages"`
+	Last     uint64              `json:"last"`
+}
+
+func (a *api) messages(ctx context.Context, _ *caller, in *listMessages) (messagesAnswer, error) {
+	out := messagesAnswer{Room: in.Room, Messages: []bus.StoredMessage{}}
+	r, _, ok := a.view.Room(in.Room)
+	switch {
+	case !ok:
+		return out, noRoom(in.Room)
+	case !r.Durable:
+		return out, bus.E(bus.Conflict, "room %s is not durable: it has stored nothing", in.Room)
+	case r.Purged:
+		return out, nil
+	}
+	after, since := in.After, in.Since
+	if in.Newest {
+		last, err := a.stored.Newest(ctx, in.Room)
+		if err != nil {
+			return out, err
+		}
+		out.Last, since = last, time.Time{}
+		after = last - min(last, uint64(in.Limit))
+	}
+	messages, err := a.stored.Messages(ctx, in.Room, after, since, in.Limit)
+	if err == nil {
+		out.Messages = messages
+	}
+	return out, err
 }
 
 type listMembers struct {
@@ -243,14 +342,19 @@ func roomOperations() []operation {
 			detail: "Members and admins. " + noOracle, answer: roomAnswer{exampleRoomDetail}, errors: notFound,
 		}, (*api).room),
 		change[patchRoomRequest, bus.Change](spec{
-			id: "changeRoom", method: http.MethodPatch, path: "/v1/rooms/{room}", tag: "rooms", summary: "Change a room's description",
+			id: "changeRoom", method: http.MethodPatch, path: "/v1/rooms/{room}", tag: "rooms", summary: "Change a room's description, or what it keeps",
 			detail: "Owners and admins. With If-Match, only if the record is still at that revision, else 409. " + noOracle,
-			body:   patchRoomBody{"nightly jobs"}, answer: exampleChange, errors: changes,
+			body:   map[string]any{"description": "nightly jobs"}, answer: exampleChange, errors: changes,
 		}, http.StatusOK, (*api).patchRoom),
-		change[roomPath, bus.Change](spec{
+		change[archiveRoomRequest, bus.Change](spec{
 			id: "archiveRoom", method: http.MethodDelete, path: "/v1/rooms/{room}", tag: "rooms", summary: "Archive a room for good",
-			detail: "Owners and admins. Nobody reaches it any more; its record stays. Goes on when the audit cannot be written. " + noOracle, answer: exampleChange, errors: changes,
+			detail: "Owners and admins. Nobody writes into it any more; its record stays, and what it has stored for who was in it at the end, unless messages=purge. Goes on when the audit cannot be written. " + noOracle, answer: exampleChange, errors: changes,
 		}, http.StatusOK, (*api).archiveRoom),
+		consult(spec{
+			id: "listMessages", method: http.MethodGet, path: "/v1/rooms/{room}/messages", tag: "rooms", summary: "Read what a durable room has stored",
+			detail: "Members only, admins too; also of an archived room, by who was in it at the end. The oldest first, or the newest with newest=true, and then last is the sequence of the newest message, kept or not; there may be more until none comes. A sequence that is left out between two messages is kept no more; the newest may be missing for a moment. " + noOracle,
+			answer: messagesAnswer{"ops", []bus.StoredMessage{exampleMessage}, 0}, errors: []int{http.StatusNotFound, http.StatusConflict},
+		}, roomMessages, func(a *api, c *caller, in *listMessages) target { return a.inside(c, in.Room, bus.UserKey{}) }, (*api).messages),
 		read(spec{
 			id: "listMembers", method: http.MethodGet, path: "/v1/rooms/{room}/members", tag: "rooms", summary: "List the members of a room",
 			detail: "Members and admins. " + noOracle, answer: membersAnswer{"ops", []bus.MemberInfo{exampleMember}}, errors: notFound,
