@@ -321,6 +321,10 @@ func (a *apiWorld) rooms(t *testing.T) {
 	}
 	alice.want(t, http.StatusConflict, "POST", "/v1/rooms", dict{"room": "ops"})
 	bob.want(t, http.StatusNotFound, "GET", "/v1/rooms/ops", nil)
+	alice.want(t, http.StatusConflict, "GET", "/v1/rooms/ops/messages", nil)
+	bob.want(t, http.StatusNotFound, "GET", "/v1/rooms/ops/messages", nil)
+	alice.want(t, http.StatusCreated, "POST", "/v1/rooms", dict{"room": "minutes", "durable": true, "retention": dict{"max_age_seconds": 3600, "max_bytes": 0, "max_messages": 10}})
+	alice.want(t, http.StatusOK, "GET", "/v1/rooms/minutes/messages", nil)
 	alice.changes(t, "PUT", "/v1/rooms/ops/members/bob", dict{"role": "reader"})
 	if c := alice.changes(t, "PUT", "/v1/rooms/ops/members/"+a.bob.key.NKey(), dict{"role": "reader"}); !c.Already {
 		t.Errorf("add again: %+v", c)

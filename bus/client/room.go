@@ -243,7 +243,7 @@ func (r *Room) keepAt(ctx context.Context, m *nats.Msg, q *question) (uint64, er
 	var why error
 	wait, begun := firstRetry, time.Now()
 	for {
-		said, err := q.await(ctx, r.conn.life)
+		said, err := q.await(ctx, r.conn)
 		switch {
 		case err == nil && said.Seq > 0:
 			return said.Seq, nil
@@ -264,6 +264,9 @@ func (r *Room) keepAt(ctx context.Context, m *nats.Msg, q *question) (uint64, er
 			case <-time.After(wait/2 + rand.N(wait)):
 			}
 			wait = min(2*wait, lastRetry)
+		}
+		if r.conn.Status() == Revoked {
+			return 0, errRevoked(r.conn.key)
 		}
 		if ctx.Err() != nil || r.conn.life.Err() != nil {
 			return 0, notKnown(errors.Join(ctx.Err(), why))
@@ -320,7 +323,7 @@ func (c *Conn) ask(m *nats.Msg) *question {
 }
 
 // await waits for the answer to a question, for as long as there may be one.
-func (q *question) await(ctx, life context.Context) (said bus.Recorded, err error) {
+func (q *question) await(ctx context.Context, c *Conn) (said bus.Recorded, err error) {
 	defer q.forget()
 	switch {
 	case errors.Is(q.err, nats.ErrMaxPayload):
@@ -341,7 +344,9 @@ func (q *question) await(ctx, life context.Context) (said bus.Recorded, err erro
 		return said, nil
 	case <-patience.C:
 		return said, errNotAnswered
-	case <-life.Done():
+	case <-c.revoked:
+		return said, nats.ErrAuthorization
+	case <-c.life.Done():
 		return said, nats.ErrConnectionClosed
 	case <-ctx.Done():
 		return said, ctx.Err()

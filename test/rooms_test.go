@@ -1,0 +1,420 @@
+package test
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"unibus.internal/bus"
+	"unibus.internal/test/cluster"
+)
+
+// TestRooms uses and attacks durable rooms on one live cluster.
+func TestRooms(t *testing.T) {
+	t.Parallel()
+	r := &rooms{apiWorld: newAPIWorld(t, cluster.Options{Controls: true})}
+	r.mallory = r.addUser("mallory")
+	for _, id := range []string{"log", "other"} {
+		r.root.want(t, http.StatusCreated, "POST", "/v1/rooms", dict{"room": id, "durable": true})
+		r.root.changes(t, "PUT", "/v1/rooms/"+id+"/members/alice", dict{"role": "writer"})
+	}
+	r.root.changes(t, "PUT", "/v1/rooms/log/members/mallory", dict{"role": "writer"})
+	r.root.changes(t, "PUT", "/v1/rooms/log/members/bob", dict{"role": "reader"})
+	for _, s := range []struct {
+		name string
+		test func(*testing.T)
+	}{
+		{"headers", r.headers},
+		{"replies", r.replies},
+		{"names", r.names},
+		{"history", r.history},
+		{"retention", r.retention},
+		{"removed", r.removed},
+		{"archive", r.archived},
+	} {
+		t.Run(s.name, s.test)
+	}
+}
+
+type rooms struct {
+	*apiWorld
+	mallory *person
+}
+
+// plain connects somebody as any NATS client would.
+func (w *world) plain(t *testing.T, i int, p *person) *nats.Conn {
+	t.Helper()
+	nc, err := w.Dial(i, p.options(w.CA())...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(nc.Close)
+	return nc
+}
+
+// recordAs sends a message into a durable room and returns what the recorder says.
+func recordAs(nc *nats.Conn, room bus.RoomID, p *person, topic, id, text string, header nats.Header) (bus.Recorded, error) {
+	m := nats.NewMsg(bus.RoomSubject(room, p.key, topic))
+	m.Data = []byte(text)
+	for k, v := range header {
+		m.Header[k] = v
+	}
+	if id != "" {
+		m.Header.Set(bus.MessageIDHeader, id)
+	}
+	var said bus.Recorded
+	answer, err := nc.RequestMsg(m, 5*time.Second)
+	if err == nil {
+		err = json.Unmarshal(answer.Data, &said)
+	}
+	return said, err
+}
+
+func (r *rooms) stores(t *testing.T, nc *nats.Conn, room bus.RoomID, p *person, topic, text string, header nats.Header) uint64 {
+	t.Helper()
+	said, err := recordAs(nc, room, p, topic, "", text, header)
+	if err != nil || said.Seq == 0 {
+		t.Fatalf("%s into %s: %+v %v", text, room, said, err)
+	}
+	return said.Seq
+}
+
+// stored reads everything that a room has stored, as alice.
+func (r *rooms) stored(t *testing.T, room string) []bus.StoredMessage {
+	t.Helper()
+	var all []bus.StoredMessage
+	for after := uint64(0); ; {
+		var page struct{ Messages []bus.StoredMessage }
+		r.api(2, r.alice).want(t, http.StatusOK, "GET", fmt.Sprintf("/v1/rooms/%s/messages?limit=500&after=%d", room, after), nil).decode(t, &page)
+		if len(page.Messages) == 0 {
+			return all
+		}
+		all = append(all, page.Messages...)
+		after = all[len(all)-1].Seq
+	}
+}
+
+// Whatever headers a member's message carries, the stream goes on, keeps what it
+// has, and republishes none of them: the feed's own headers are the server's.
+func (r *rooms) headers(t *testing.T) {
+	alice, mallory, bob := r.plain(t, 1, r.alice), r.plain(t, 2, r.mallory), r.plain(t, 3, r.bob)
+	feed, err := bob.SubscribeSync(bus.FeedSubscribe("log"))
+	if err == nil {
+		err = bob.Flush()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	hostile := []nats.Header{
+		{"Nats-Expected-Last-Msg-Id": {"nope"}},
+		{"Nats-Expected-Last-Sequence": {"0"}},
+		{"Nats-Expected-Last-Subject-Sequence": {"7"}},
+		{"Nats-Expected-Stream": {"ROOM_other"}},
+		{"Nats-Rollup": {"all"}},
+		{"Nats-Rollup": {"sub"}},
+		{"Nats-TTL": {"1s"}},
+		{"Nats-Sequence": {"999"}, "Nats-Stream": {"ROOM_other"}, "Nats-Last-Sequence": {"998"}, "Nats-Time-Stamp": {"2001-01-01T00:00:00Z"}, "Nats-Subject": {"store.other.x.y"}},
+		{"Nats-Batch-Id": {"b"}, "Nats-Batch-Sequence": {"1"}},
+		{"Nats-Batch-Commit": {"1"}},
+		{"Nats-Incr": {"1"}},
+		{"Nats-Schedule": {"@every 1s"}, "Nats-Schedule-Target": {"store.other.x.y"}},
+		{"Nats-Trace-Dest": {"room.other." + r.alice.key.NKey() + ".x"}},
+		{"Nats-Required-Api-Level": {"99"}},
+		{"Status": {"503"}},
+		{"Nats-Msg-Id": {r.alice.key.NKey() + ":mine"}},
+	}
+	var want uint64
+	for i, h := range hostile {
+		if seq := r.stores(t, mallory, "log", r.mallory, "x", fmt.Sprint("hostile ", i), h); want != 0 && seq != want+1 {
+			t.Fatalf("%v: stored as %d behind %d", h, seq, want)
+		}
+		want = r.stores(t, alice, "log", r.alice, "x", fmt.Sprint("after ", i), nil)
+	}
+	// Alice's id, which mallory tried to take, is alice's.
+	said, err := recordAs(alice, "log", r.alice, "x", "mine", "mine", nil)
+	if err != nil || said.Duplicate || said.Seq != want+1 {
+		t.Errorf("alice's own id: %+v %v", said, err)
+	}
+	if again, err := recordAs(alice, "log", r.alice, "x", "mine", "mine", nil); err != nil || !again.Duplicate || again.Seq != said.Seq {
+		t.Errorf("the same id again: %+v %v", again, err)
+	}
+	if other, err := recordAs(mallory, "log", r.mallory, "x", "mine", "hers", nil); err != nil || other.Duplicate || other.Seq != said.Seq+1 {
+		t.Errorf("the same id of somebody else: %+v %v", other, err)
+	}
+	ours := []string{"Nats-Sequence", "Nats-Last-Sequence", "Nats-Stream", "Nats-Subject", "Nats-Time-Stamp", "Nats-Msg-Id"}
+	for seq := uint64(1); seq <= said.Seq+1; {
+		m, err := feed.NextMsg(5 * time.Second)
+		if err != nil {
+			t.Fatalf("the feed ends before %d: %v", seq, err)
+		}
+		if m.Subject == bus.FeedTip("log") {
+			continue
+		}
+		for name, values := range m.Header {
+			if !slices.Contains(ours, name) && !strings.HasPrefix(name, bus.HeaderPrefix) || len(values) != 1 {
+				t.Errorf("message %d has the header %s: %q", seq, name, values)
+			}
+		}
+		if got := m.Header.Get("Nats-Sequence"); got != strconv.FormatUint(seq, 10) || m.Header.Get("Nats-Stream") != "ROOM_log" {
+			t.Fatalf("message %s of %s, want %d of ROOM_log", got, m.Header.Get("Nats-Stream"), seq)
+		}
+		seq++
+	}
+	if kept := r.stored(t, "log"); len(kept) != int(said.Seq+1) {
+		t.Errorf("%d messages are stored, want %d", len(kept), said.Seq+1)
+	}
+}
+
+// Wherever a member wants to be answered, nobody speaks there but themselves in
+// their own inbox: nothing appears in a foreign room, under another name, in
+// another's inbox, and no stream obeys.
+func (r *rooms) replies(t *testing.T) {
+	alice, mallory := r.plain(t, 1, r.alice), r.plain(t, 2, r.mallory)
+	var mu sync.Mutex
+	var heard []string
+	for _, subject := range []string{bus.InboxSubscribe(r.alice.key), bus.NoticeSubscribe(r.alice.key), bus.FeedSubscribe("other"), bus.FeedSubscribe("log")} {
+		if _, err := alice.Subscribe(subject, func(m *nats.Msg) {
+			mu.Lock()
+			defer mu.Unlock()
+			heard = append(heard, m.Subject+" "+string(m.Data))
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.must2(t, alice.Flush())
+	before := len(r.stored(t, "log"))
+	own := "room.log." + r.mallory.key.NKey() + ".sent"
+	for _, reply := range []string{
+		"room.other." + r.alice.key.NKey() + ".x", "room.log." + r.alice.key.NKey() + ".x", "store.other." + r.alice.key.NKey() + ".x", "store.log." + r.alice.key.NKey() + ".x",
+		"feed.other." + r.alice.key.NKey() + ".x", "feed.log." + r.alice.key.NKey() + ".x", "feed.log._tip", bus.InboxPrefix(r.alice.key) + ".x", bus.NoticeSubject(r.alice.key, bus.NoticeRemoved),
+		"$JS.API.STREAM.PURGE.ROOM_log", "$JS.API.STREAM.DELETE.ROOM_log", "$JS.API.STREAM.INFO.ROOM_log", "_INBOX_membership.x",
+		bus.InboxPrefix(r.mallory.key) + ".>", bus.InboxPrefix(r.mallory.key), bus.InboxPrefix(r.mallory.key) + "x.y",
+	} {
+		for _, text := range []string{"{}", strings.Repeat("y", 10)} {
+			r.must2(t, mallory.PublishRequest(own, reply, []byte(text)))
+		}
+		// refused ones are answered too: a topic that no recorder takes
+		r.must2(t, mallory.PublishRequest("room.log."+r.mallory.key.NKey()+"."+strings.Repeat("z", 65), reply, []byte("refused")))
+	}
+	last := r.stores(t, mallory, "log", r.mallory, "sent", "the end", nil)
+	cluster.WaitFor(t, 10*time.Second, "the feed to have brought all", func() error {
+		mu.Lock()
+		defer mu.Unlock()
+		if len(heard) == 0 || !slices.ContainsFunc(heard, func(s string) bool { return strings.HasSuffix(s, "the end") }) {
+			return fmt.Errorf("heard %d", len(heard))
+		}
+		return nil
+	})
+	mu.Lock()
+	defer mu.Unlock()
+	for _, s := range heard {
+		if subject, _, _ := strings.Cut(s, " "); subject != "feed.log."+r.mallory.key.NKey()+".sent" && subject != bus.FeedTip("log") {
+			t.Errorf("alice heard %s", s)
+		}
+		if strings.HasPrefix(s, bus.FeedTip("log")) {
+			var tip bus.Tip
+			if _, data, _ := strings.Cut(s, " "); json.Unmarshal([]byte(data), &tip) != nil || tip.Seq == 0 || tip.Seq > last {
+				t.Errorf("a false tip: %s", s)
+			}
+		}
+	}
+	kept := r.stored(t, "log")
+	if len(kept) != before+33 { // 16 replies, two messages each, and the end
+		t.Errorf("%d messages are stored, want %d", len(kept), before+33)
+	}
+	for _, m := range kept[before:] {
+		if m.Sender != r.mallory.key {
+			t.Errorf("message %d is under the name of %s", m.Seq, m.NKey)
+		}
+	}
+	if other := r.stored(t, "other"); len(other) != 0 {
+		t.Errorf("the other room has stored %v", other)
+	}
+}
+
+// A member's own subjects are all they may publish to: not what is stored, not
+// the feed, not another's name. What is no topic is refused.
+func (r *rooms) names(t *testing.T) {
+	raw := r.connectRaw(1, r.mallory)
+	for _, subject := range []string{
+		"store.log." + r.mallory.key.NKey() + ".x", "feed.log." + r.mallory.key.NKey() + ".x", "feed.log._tip", "room.log." + r.alice.key.NKey() + ".x",
+		"room.other." + r.mallory.key.NKey() + ".x", "$JS.API.STREAM.INFO.ROOM_log", "$JS.API.DIRECT.GET.ROOM_log", "$O.UNIBUS_blobs.C.x",
+	} {
+		if err := raw.Pub(subject, "", "{}"); err == nil {
+			t.Errorf("mallory may publish %s", subject)
+		}
+	}
+	for _, subject := range []string{"room.log.>", "store.log.>", "feed.other.>", "room.*.>", "$JS.EVENT.>"} {
+		if err := raw.Sub(subject, "", "1"); err == nil {
+			t.Errorf("mallory may subscribe to %s", subject)
+		}
+	}
+	mallory, bob := r.plain(t, 2, r.mallory), r.plain(t, 2, r.bob)
+	for what, said := range map[string]func() (bus.Recorded, error){
+		"a long token": func() (bus.Recorded, error) {
+			return recordAs(mallory, "log", r.mallory, strings.Repeat("x", 65), "", "x", nil)
+		},
+		"another alphabet": func() (bus.Recorded, error) { return recordAs(mallory, "log", r.mallory, "ä", "", "x", nil) },
+		"an id":            func() (bus.Recorded, error) { return recordAs(mallory, "log", r.mallory, "x", "a b", "x", nil) },
+		"a header": func() (bus.Recorded, error) {
+			return recordAs(mallory, "log", r.mallory, "x", "", "x", nats.Header{"Unibus-Long": {strings.Repeat("x", 5000)}})
+		},
+	} {
+		if got, err := said(); err != nil || got.Code != bus.Invalid || got.Seq != 0 {
+			t.Errorf("%s: %+v %v", what, got, err)
+		}
+	}
+	if _, err := recordAs(bob, "log", r.bob, "x", "", "a reader speaks", nil); err == nil {
+		t.Error("a reader may write")
+	}
+}
+
+// History is for members, in pages, by sequence, by time, and the newest; to
+// everybody else, admins too, there is no such room.
+func (r *rooms) history(t *testing.T) {
+	alice := r.plain(t, 3, r.alice)
+	var from time.Time
+	for i := range 7 {
+		r.stores(t, alice, "other", r.alice, "n."+fmt.Sprint(i), fmt.Sprint(i), nats.Header{"Unibus-Mark": {fmt.Sprint(i)}})
+		if i == 2 {
+			from = r.stored(t, "other")[2].Time
+		}
+	}
+	type page struct {
+		Messages []bus.StoredMessage
+		Last     uint64
+	}
+	get := func(query string) (p page) {
+		t.Helper()
+		r.api(1, r.alice).want(t, http.StatusOK, "GET", "/v1/rooms/other/messages"+query, nil).decode(t, &p)
+		return p
+	}
+	for query, want := range map[string][]uint64{
+		"": {1, 2, 3, 4, 5, 6, 7}, "?after=4": {5, 6, 7}, "?after=4&limit=2": {5, 6}, "?after=7": {}, "?after=9": {}, "?newest=true&limit=2": {6, 7},
+		"?since=" + from.Format(time.RFC3339Nano): {3, 4, 5, 6, 7}, "?since=2090-01-01T00:00:00Z": {},
+	} {
+		p := get(query)
+		seqs := []uint64{}
+		for _, m := range p.Messages {
+			seqs = append(seqs, m.Seq)
+			if i := m.Seq - 1; string(m.Data) != fmt.Sprint(i) || m.Topic != "n."+fmt.Sprint(i) || m.Sender != r.alice.key || len(m.Headers) != 1 || m.Headers[0] != (bus.MessageHeader{Name: "Unibus-Mark", Value: fmt.Sprint(i)}) {
+				t.Errorf("message %+v", m)
+			}
+		}
+		if !slices.Equal(seqs, want) {
+			t.Errorf("%s: %v, want %v", query, seqs, want)
+		}
+		if last := p.Last; strings.Contains(query, "newest") && last != 7 || !strings.Contains(query, "newest") && last != 0 {
+			t.Errorf("%s: last is %d", query, last)
+		}
+	}
+	for _, p := range []*person{r.mallory, r.bob} {
+		r.as(p).want(t, http.StatusNotFound, "GET", "/v1/rooms/other/messages", nil)
+	}
+	r.root.changes(t, "DELETE", "/v1/rooms/other/members/admin", nil)
+	r.root.want(t, http.StatusNotFound, "GET", "/v1/rooms/other/messages", nil)
+}
+
+// What a room keeps is shown and changes at once; too much of it is refused.
+func (r *rooms) retention(t *testing.T) {
+	var shown struct{ Room bus.RoomDetail }
+	show := func() *bus.Retention {
+		r.root.want(t, http.StatusOK, "GET", "/v1/rooms/other", nil).decode(t, &shown)
+		return shown.Room.Retention
+	}
+	if k := show(); k == nil || *k != (bus.Retention{MaxBytes: bus.DefaultRoomBytes}) {
+		t.Errorf("kept by default: %+v", k)
+	}
+	r.root.changes(t, "PATCH", "/v1/rooms/other", dict{"retention": bus.Retention{MaxMessages: 3, MaxAgeSeconds: 3600, MaxBytes: 2 << 20}})
+	if k := show(); k == nil || *k != (bus.Retention{MaxMessages: 3, MaxAgeSeconds: 3600, MaxBytes: 2 << 20}) {
+		t.Errorf("kept then: %+v", k)
+	}
+	if kept := r.stored(t, "other"); len(kept) != 3 || kept[0].Seq != 5 {
+		t.Errorf("%d messages are left, from %d", len(kept), kept[0].Seq)
+	}
+	for what, keep := range map[string]bus.Retention{"a moment": {MaxAgeSeconds: 1}, "a byte": {MaxBytes: 1}, "less than nothing": {MaxMessages: -1}} {
+		if resp := r.root.do(t, "PATCH", "/v1/rooms/other", dict{"retention": keep}); resp.status != http.StatusBadRequest && resp.status != http.StatusUnprocessableEntity {
+			t.Errorf("%s: %d", what, resp.status)
+		}
+	}
+	r.root.want(t, http.StatusCreated, "POST", "/v1/rooms", dict{"room": "plain"})
+	r.root.want(t, http.StatusBadRequest, "PATCH", "/v1/rooms/plain", dict{"retention": bus.Retention{MaxMessages: 3}})
+	r.root.want(t, http.StatusConflict, "GET", "/v1/rooms/plain/messages", nil)
+}
+
+// Who is removed is recorded no more, from the moment the removal returned: not
+// what waits before a recorder either.
+func (r *rooms) removed(t *testing.T) {
+	p := r.addUser("leaver")
+	r.root.changes(t, "PUT", "/v1/rooms/log/members/leaver", dict{"role": "writer"})
+	r.SetEnv(1, cluster.Membership, "UNIBUS_DELAY_RECORD", "300ms")
+	r.Term(1, cluster.Membership)
+	r.StartNode(1, cluster.Membership)
+	r.WaitHealthy(30*time.Second, 1)
+	alice, leaver := r.plain(t, 1, r.alice), r.plain(t, 1, p)
+	cluster.WaitFor(t, 20*time.Second, "the slow recorder to hear the room", func() error {
+		started := time.Now()
+		if said, err := recordAs(alice, "log", r.alice, "x", "", "x", nil); err != nil || said.Seq == 0 || time.Since(started) < 300*time.Millisecond {
+			return fmt.Errorf("%+v after %s: %v", said, time.Since(started), err)
+		}
+		return nil
+	})
+	const sent = 12
+	for range sent {
+		r.must2(t, leaver.Publish(bus.RoomSubject("log", p.key, "flood"), []byte("x")))
+	}
+	r.must2(t, leaver.Flush())
+	seen := func() (n int) {
+		for _, m := range r.stored(t, "log") {
+			if m.Sender == p.key {
+				n++
+			}
+		}
+		return n
+	}
+	cluster.WaitFor(t, 10*time.Second, "one of them to be recorded", func() error {
+		if seen() == 0 {
+			return fmt.Errorf("nothing yet")
+		}
+		return nil
+	})
+	r.root.changes(t, "DELETE", "/v1/rooms/log/members/leaver", nil)
+	before := seen()
+	m := nats.NewMsg(bus.RoomSubject("log", r.alice.key, "end"))
+	if _, err := alice.RequestMsg(m, 20*time.Second); err != nil {
+		t.Fatal(err)
+	}
+	if after := seen(); after != before || after == sent {
+		t.Errorf("%d messages of who was removed were stored then, %d when all had been looked at, of %d", before, after, sent)
+	}
+}
+
+// An archived room takes nothing, and keeps what it has for who was in it, or
+// not, as was chosen.
+func (r *rooms) archived(t *testing.T) {
+	for _, id := range []bus.RoomID{"kept", "gone"} {
+		r.root.want(t, http.StatusCreated, "POST", "/v1/rooms", dict{"room": id, "durable": true})
+		r.root.changes(t, "PUT", "/v1/rooms/"+string(id)+"/members/alice", dict{"role": "writer"})
+		r.stores(t, r.plain(t, 1, r.alice), id, r.alice, "x", "x", nil)
+	}
+	r.root.changes(t, "DELETE", "/v1/rooms/kept", nil)
+	r.root.changes(t, "DELETE", "/v1/rooms/gone?messages=purge", nil)
+	if n := len(r.stored(t, "kept")); n != 1 {
+		t.Errorf("%d messages are kept", n)
+	}
+	if n := len(r.stored(t, "gone")); n != 0 {
+		t.Errorf("%d messages are left", n)
+	}
+	r.root.changes(t, "DELETE", "/v1/rooms/kept?messages=purge", nil) // afterwards, too
+	if n := len(r.stored(t, "kept")); n != 0 {
+		t.Errorf("%d messages are left afterwards", n)
+	}
+}
