@@ -366,7 +366,7 @@ func (r *rooms) removed(t *testing.T) {
 	cluster.WaitFor(t, 20*time.Second, "the slow recorder to hear the room", func() error {
 		started := time.Now()
 		if said, err := recordAs(alice, "log", r.alice, "x", "", "x", nil); err != nil || said.Seq == 0 || time.Since(started) < 300*time.Millisecond {
-			return fmt.Errorf("%+v after %s: %v", said, time.Since(started), err)
+			return fmt.Errorf("%+v after %s: %w", said, time.Since(started), err)
 		}
 		return nil
 	})
