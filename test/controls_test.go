@@ -64,6 +64,8 @@ var controls = []control{
 	{off: guard.EnvelopeContext, dir: "bus/seal", test: "TestEnvelopeMoved"},
 	{off: guard.MessageSender, dir: "bus/seal", test: "TestMemberForgesMember"},
 	{off: guard.Replay, dir: "bus/seal", test: "TestTracker"},
+	{off: guard.CAOverlap, dir: "cli/unibusctl", test: "TestOverlap"},
+	{off: guard.CAOverlap, dir: "test", test: "TestAuthorities", live: true},
 }
 
 // TestControls takes each protection away in turn and demands that the test

@@ -2,18 +2,25 @@ package test
 
 import (
 	"bufio"
+	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
+	"maps"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/nats-io/nats.go"
 
+	sdk "unibus.internal/bus/client"
 	"unibus.internal/test/cluster"
 )
 
@@ -34,7 +41,7 @@ func TestTheTwoAuthoritiesOpenNothingOfEachOther(t *testing.T) {
 		{"api", false},
 		{"", false},
 	} {
-		greeting, err := routeGreeting(t, c, route, test.shown)
+		greeting, err := routeGreeting(t, c, test.shown)
 		if got := strings.HasPrefix(greeting, "INFO "); got != test.greeted {
 			t.Errorf("route port, shown the certificate %q: greeting %q, %v", test.shown, greeting, err)
 		}
@@ -56,11 +63,15 @@ func TestTheTwoAuthoritiesOpenNothingOfEachOther(t *testing.T) {
 
 // routeGreeting connects to a route port with one of n2's certificates, "" for
 // none, and returns the first line the server says.
-func routeGreeting(t *testing.T, c *cluster.Cluster, address, leaf string) (string, error) {
+func routeGreeting(t *testing.T, c *cluster.Cluster, leaf string) (string, error) {
+	t.Helper()
+	return greetingFor(t, c, filepath.Join(c.PKI(), c.Node(2)), leaf)
+}
+
+func greetingFor(t *testing.T, c *cluster.Cluster, dir, leaf string) (string, error) {
 	t.Helper()
 	config := &tls.Config{RootCAs: trust(t, c, "cluster-ca")}
 	if leaf != "" {
-		dir := filepath.Join(c.PKI(), c.Node(2))
 		pair, err := tls.LoadX509KeyPair(filepath.Join(dir, leaf+".crt"), filepath.Join(dir, leaf+".key"))
 		if err != nil {
 			t.Fatal(err)
@@ -68,7 +79,7 @@ func routeGreeting(t *testing.T, c *cluster.Cluster, address, leaf string) (stri
 		// Offered whatever the server asks for: the refusal must be its own.
 		config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &pair, nil }
 	}
-	conn, err := tls.Dial("tcp", address, config)
+	conn, err := tls.Dial("tcp", cluster.Loopback(c.Ports[0].Route), config)
 	if err != nil {
 		return "", err
 	}
@@ -92,38 +103,293 @@ func trust(t *testing.T, c *cluster.Cluster, authority string) *x509.CertPool {
 	return pool
 }
 
-// A renewal is reloaded without a restart, and `pki status` tells a port that
-// shows its file's certificate from one that still has the old one.
-func TestRenewedCertificatesAreReloaded(t *testing.T) {
+// TestAuthorities replaces both authorities and every certificate of a cluster
+// that is in use, with the commands of docs/operations.md: no process is
+// restarted, no route dropped, nobody refused. Each stage is tried out of its
+// turn, and with one node that is not where it should be.
+func TestAuthorities(t *testing.T) {
 	t.Parallel()
-	c := cluster.Start(t, cluster.Options{})
-	status := func() cluster.Result {
-		return c.CLI("pki", "status", "--dir", c.PKI(),
-			"--connect", cluster.Loopback(c.Ports[0].NATS), "--connect", cluster.Loopback(c.Ports[0].Route))
+	w := newWorld(t, cluster.Options{})
+	w.adminSeed(w.admin)
+	w.WaitHealthy(30 * time.Second)
+	p := &authorities{w: w, t: t, users: filepath.Join(w.Dir, "users-ca.crt")}
+	p.give()
+	old := filepath.Join(w.Dir, "old-pki")
+	if err := os.CopyFS(old, os.DirFS(w.PKI())); err != nil {
+		t.Fatal(err)
 	}
-	if r := status(); r.Code != 0 {
-		t.Fatalf("before: exit %d\n%s%s", r.Code, r.Stdout, r.Stderr)
+
+	w.Term(3, cluster.Membership)
+	p.refuses(3, "n3 does not show the certificate of its api port", "renew", "--all")
+	w.StartNode(3, cluster.Membership)
+	w.WaitHealthy(30 * time.Second)
+
+	pids, routes := p.pids(), p.routes()
+	p.connect(12)
+
+	p.refuses(1, "the stage before is trust", p.stage("cluster", "issue")...)
+	p.runs(0, "n1", "renew", "--all")
+	if r := p.status(); r.Code != 0 {
+		t.Errorf("renewed: exit %d\n%s%s", r.Code, r.Stdout, r.Stderr)
 	}
-	if r := c.CLI("pki", "issue", "--dir", c.PKI(), "--inventory", c.Inventory(), "--node", c.Node(1), "--force"); r.Code != 0 {
-		t.Fatal(r.Stderr)
+
+	// The cluster CA, behind whose back n2 is put where it should not be.
+	p.runs(3, "reloaded", p.stage("cluster", "trust")...)
+	p.refuses(1, "the stage before is issue", p.stage("cluster", "retire")...)
+	both := p.swap(2, "cluster-ca.crt", filepath.Join(old, "cluster-ca.crt"))
+	p.refuses(1, "n2 does not trust unibus cluster-ca", p.stage("cluster", "issue")...)
+	p.reload(2)
+	if err := cluster.WriteFile(filepath.Join(w.Etc(2), "tls", "cluster-ca.crt"), both, 0o644); err != nil {
+		t.Fatal(err)
 	}
-	if r := status(); r.Code != 1 || strings.Count(r.Stdout, "install that and reload") < 2 {
-		t.Fatalf("renewed, not installed: exit %d\n%s%s", r.Code, r.Stdout, r.Stderr)
+	p.refuses(1, "its route port does not accept it yet", p.stage("cluster", "issue")...)
+	p.runs(1, "reloaded", p.stage("cluster", "trust")...) // n2 alone is due
+	p.runs(3, "reloaded", p.stage("cluster", "issue")...)
+	p.swap(3, "route.key", filepath.Join(old, "n3", "route.key"))
+	p.swap(3, "route.crt", filepath.Join(old, "n3", "route.crt"))
+	p.refuses(1, "n3 has on its disk a route certificate of unibus cluster-ca", p.stage("cluster", "retire")...)
+	p.reload(3)
+	p.refuses(1, "route certificate of unibus cluster-ca", p.stage("cluster", "retire")...)
+	p.runs(1, "reloaded", p.stage("cluster", "issue")...)
+	p.runs(3, "reloaded", p.stage("cluster", "retire")...)
+	if greeting, _ := greetingFor(t, w.Cluster, filepath.Join(old, "n2"), "route"); strings.HasPrefix(greeting, "INFO ") {
+		t.Error("a certificate of the old cluster CA still opens a route")
 	}
-	pid := c.PID(1, cluster.NATS)
-	for _, name := range []string{"server.crt", "server.key", "route.crt", "route.key"} {
-		install(t, filepath.Join(c.PKI(), c.Node(1), name), filepath.Join(c.Etc(1), "tls", name))
+
+	// The client CA.
+	p.runs(0, "client-ca.crt", p.stage("client", "trust")...)
+	p.give()
+	p.runs(3, "reloaded", p.stage("client", "issue")...)
+	p.runs(0, "client-ca.crt", p.stage("client", "retire")...)
+	p.give()
+	if r := p.status(); r.Code != 0 || strings.Contains(r.Stdout, "is not the one in") {
+		t.Errorf("at the end: exit %d\n%s%s", r.Code, r.Stdout, r.Stderr)
 	}
-	c.Reload(1, cluster.NATS)
-	cluster.WaitFor(t, 20*time.Second, "n1 to show its new certificates", func() error {
-		if r := status(); r.Code != 0 {
-			return fmt.Errorf("exit %d\n%s", r.Code, r.Stdout)
+	if r := w.In(t).CLI("pki", "verify", "--dir", w.PKI(), "--inventory", w.Inventory()); r.Code != 0 {
+		t.Errorf("at the end: exit %d\n%s%s", r.Code, r.Stdout, r.Stderr)
+	}
+
+	p.all()
+	if now := p.pids(); !maps.Equal(now, pids) {
+		t.Errorf("processes were restarted: %v, were %v", now, pids)
+	}
+	if now := p.routes(); !maps.Equal(now, routes) {
+		t.Errorf("routes were dropped: %v, were %v", now, routes)
+	}
+
+	// What was taken over while running holds at a new connect.
+	w.Kill(1, cluster.NATS)
+	w.StartNode(1, cluster.NATS)
+	w.WaitHealthy(60 * time.Second)
+	p.all()
+	w.foundNothing()
+}
+
+// authorities drives the rotation, with users who connect all the while.
+type authorities struct {
+	w     *world
+	t     *testing.T
+	users string // the CA file that users have
+	alive []func() error
+
+	mu               sync.Mutex
+	refused, unheard int // connects
+	admitted         int
+}
+
+// give hands users the CA file as it is now.
+func (p *authorities) give() {
+	p.t.Helper()
+	install(p.t, p.w.CA(), p.users)
+}
+
+func (p *authorities) stage(authority, stage string) []string {
+	return []string{"rotate-ca", "--authority", authority, "--stage", stage}
+}
+
+func (p *authorities) command(args []string) cluster.Result {
+	p.t.Helper()
+	args = append(append([]string{"pki"}, args...), "--dir", p.w.PKI(), "--inventory", p.w.Inventory(), "--local", p.w.Dir, "--yes")
+	return p.w.In(p.t).CLI(args...)
+}
+
+// refuses wants a refusal for that reason, and nothing changed.
+func (p *authorities) refuses(code int, why string, args ...string) {
+	p.t.Helper()
+	before := p.tree()
+	if r := p.command(args); r.Code != code || !strings.Contains(r.Stderr, why) {
+		p.t.Errorf("pki %s: exit %d, want %d and %q\n%s%s", strings.Join(args, " "), r.Code, code, why, r.Stdout, r.Stderr)
+	}
+	if after := p.tree(); !maps.Equal(before, after) {
+		p.t.Errorf("pki %s was refused and changed files", strings.Join(args, " "))
+	}
+}
+
+// runs wants so many servers reloaded, and no route dropped.
+func (p *authorities) runs(reloads int, says string, args ...string) {
+	p.t.Helper()
+	r := p.command(args)
+	p.t.Logf("pki %s\n%s%s", strings.Join(args, " "), r.Stdout, r.Stderr)
+	got := strings.Count(r.Stdout, "reloaded;")
+	if r.Code != 0 || !strings.Contains(r.Stdout, says) || (reloads > 0 && got != reloads) || !strings.Contains(r.Stderr, " 0 of them dropped") {
+		p.t.Fatalf("pki %s: exit %d, %d servers reloaded, want %d", strings.Join(args, " "), r.Code, got, reloads)
+	}
+}
+
+func (p *authorities) status() cluster.Result {
+	return p.w.In(p.t).CLI("pki", "status", "--dir", p.w.PKI(), "--inventory", p.w.Inventory(), "--live")
+}
+
+func (p *authorities) tree() map[string]string {
+	p.t.Helper()
+	out := map[string]string{}
+	dirs := []string{p.w.PKI()}
+	for _, i := range p.w.Nodes() {
+		dirs = append(dirs, p.w.Etc(i))
+	}
+	for _, dir := range dirs {
+		err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+			if err != nil || d.IsDir() {
+				return err
+			}
+			data, err := os.ReadFile(path)
+			out[path] = string(data)
+			return err
+		})
+		if err != nil {
+			p.t.Fatal(err)
 		}
-		return nil
-	})
-	if c.PID(1, cluster.NATS) != pid || !c.Alive(1, cluster.NATS) {
-		t.Error("n1 was restarted")
 	}
+	return out
+}
+
+// swap puts another file in the place of one of a node, and returns what was there.
+func (p *authorities) swap(i int, name, from string) []byte {
+	p.t.Helper()
+	to := filepath.Join(p.w.Etc(i), "tls", name)
+	was, err := os.ReadFile(to)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	install(p.t, from, to)
+	return was
+}
+
+// reload has a server take its files over, past the command.
+func (p *authorities) reload(i int) {
+	p.t.Helper()
+	if r := p.w.In(p.t).CLI("cluster", "reload", "--node", p.w.Node(i), "--yes"); r.Code != 0 {
+		p.t.Fatal(r.Stderr)
+	}
+}
+
+func (p *authorities) pids() map[string]int {
+	out := map[string]int{}
+	for _, i := range p.w.Nodes() {
+		for _, s := range cluster.Services() {
+			out[p.w.Node(i)+" "+string(s)] = p.w.PID(i, s)
+		}
+	}
+	return out
+}
+
+// routes are all routes by their numbers, which are never used again.
+func (p *authorities) routes() map[string]int {
+	p.t.Helper()
+	out := map[string]int{}
+	for _, i := range p.w.Nodes() {
+		var z struct {
+			Routes []struct {
+				ID     int    `json:"rid"`
+				Remote string `json:"remote_name"`
+			} `json:"routes"`
+		}
+		resp, err := http.Get(p.w.MonitorURL(i) + "/routez")
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		err = json.NewDecoder(resp.Body).Decode(&z)
+		_ = resp.Body.Close()
+		if err != nil || len(z.Routes) != 2 {
+			p.t.Fatalf("n%d has %d routes: %v", i, len(z.Routes), err)
+		}
+		for _, r := range z.Routes {
+			out[p.w.Node(i)+" "+r.Remote] = r.ID
+		}
+	}
+	return out
+}
+
+// connect has n users on the bus, as programs of the SDK and as stock clients,
+// and one more who connects anew all the time.
+func (p *authorities) connect(n int) {
+	p.t.Helper()
+	t := p.t
+	for i := range n {
+		user := p.w.addUser(fmt.Sprintf("ca-%d", i))
+		if i%2 == 0 {
+			c := p.w.dial(t, user, func(cfg *sdk.DialConfig) { cfg.API, cfg.TLS, cfg.CAFile = nil, nil, p.users })
+			p.alive = append(p.alive, func() error {
+				ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+				defer cancel()
+				return c.Flush(ctx)
+			})
+			continue
+		}
+		nc, err := nats.Connect(p.w.URLs(p.w.NATSURL), append(user.options(p.users), nats.MaxReconnects(-1), nats.IgnoreAuthErrorAbort(),
+			nats.ReconnectWait(100*time.Millisecond), nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { p.count(err) }))...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(nc.Close)
+		p.alive = append(p.alive, func() error { return nc.FlushTimeout(10 * time.Second) })
+	}
+	newcomer := p.w.addUser("ca-newcomer")
+	ctx, stop := context.WithCancel(t.Context())
+	var work sync.WaitGroup
+	t.Cleanup(func() { stop(); work.Wait() })
+	work.Go(func() {
+		for i := 1; ctx.Err() == nil; i = i%3 + 1 {
+			nc, err := nats.Connect(p.w.NATSURL(i), append(newcomer.options(p.users), nats.NoReconnect(), nats.Timeout(5*time.Second))...)
+			p.count(err)
+			if err == nil {
+				nc.Close()
+			}
+			select {
+			case <-ctx.Done():
+			case <-time.After(50 * time.Millisecond):
+			}
+		}
+	})
+}
+
+func (p *authorities) count(err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case err == nil:
+		p.admitted++
+	case errors.Is(err, nats.ErrAuthorization):
+		p.refused++
+	default:
+		p.unheard++
+	}
+}
+
+// all wants everybody on the bus and nobody refused.
+func (p *authorities) all() {
+	p.t.Helper()
+	for i, alive := range p.alive {
+		if err := alive(); err != nil {
+			p.t.Errorf("client %d is lost: %v", i, err)
+		}
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.refused > 0 || p.admitted == 0 {
+		p.t.Errorf("of all connects %d were refused, %d unheard, %d admitted", p.refused, p.unheard, p.admitted)
+	}
+	p.t.Logf("connects: %d admitted, %d refused, %d that had to be repeated", p.admitted, p.refused, p.unheard)
 }
 
 func install(t *testing.T, from, to string) {

@@ -43,4 +43,5 @@ const (
 	EnvelopeContext    Name = "envelope-context"     // off: an envelope is not bound to what it is for
 	MessageSender      Name = "message-sender"       // off: the sender's signature of a message is not verified
 	Replay             Name = "replay"               // off: a message may come any number of times
+	CAOverlap          Name = "ca-overlap"           // off: certificates change without asking whether every node trusts them
 )

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/x509"
 	"fmt"
 	"net"
 	"slices"
@@ -186,7 +187,7 @@ func (a *app) clusterRolloutCommand() *cli.Command {
 			verb("upgrade", "restart what does not run what deploy stage put in place",
 				"A unit whose program, environment or server configuration was replaced since it started. What is current\n"+
 					"is left alone, so the same line goes on where it ended. It needs --sys-seed."),
-			verb("reload", "have every nats-server load its configuration, and prove that it did",
+			verb("reload", "have every nats-server load its configuration and certificates, and prove that it did",
 				"Every reload disconnects the users of that server; they come back. A configuration that runs already is not\n"+
 					"loaded again. It needs --sys-seed: a reload that is refused looks like one that worked."),
 		},
@@ -276,18 +277,43 @@ func (g *gate) due(ctx context.Context, h *deployHost, verb string) ([]string, e
 	switch {
 	case err != nil && verb == "reload":
 		return nil, err
-	case err == nil && runs == configOnDisk(lines) && verb == "reload":
-		return []string{}, nil
-	case verb == "reload":
+	case verb == "reload" && runs != configOnDisk(lines):
 		return []string{"unibus-nats"}, nil
 	}
 	current := err == nil && runs == configOnDisk(lines)
+	// New certificates do not change the digest: they are compared with what the
+	// ports show. A restart for them alone would cost more than they need.
+	why, unseen := g.certificatesDue(ctx, h)
+	switch {
+	case verb == "reload" && unseen != nil:
+		return nil, unseen
+	case verb == "reload" && why == "":
+		return []string{}, nil
+	case verb == "reload":
+		g.app.say("%s: its server %s", h.node.name, why)
+		return []string{"unibus-nats"}, nil
+	case why != "" && current:
+		g.app.say("%s: its server %s: unibusctl cluster rollout reload has it take them over without a restart", h.node.name, why)
+	}
 	if lines, err = h.run(ctx, "report"); err != nil {
 		return nil, err
 	}
 	return unitsIn(lines, func(f []string) bool {
 		return f[2] != "no" || f[1] != "active" || (f[0] == "nats" && !current)
 	}), nil
+}
+
+// certificatesDue says in what the certificates and authorities of a running
+// server differ from the node's disk: "" if in nothing.
+func (g *gate) certificatesDue(ctx context.Context, h *deployHost) (string, error) {
+	s := &nodeSight{node: h.node.name, trust: map[caRole][]*x509.Certificate{}, disk: map[leafRole]*x509.Certificate{}}
+	if err := s.readDisk(ctx, &pkiHost{node: h.node, ssh: h}); err != nil {
+		return "", err
+	}
+	if err := (&pkiNodes{app: g.app, inv: g.inv}).lookAtPorts(ctx, h.node, s); err != nil {
+		return "", err
+	}
+	return s.serverBehind(), nil
 }
 
 // unitsIn picks units from the lines of report: name, state, what was replaced.
@@ -354,6 +380,13 @@ func (g *gate) roll(ctx context.Context, h *deployHost, verb string, units []str
 	if err == nil && runs != configOnDisk(lines) {
 		err = bus.E(bus.Conflict, "the server of %s goes on with its old configuration: it refused the new one", h.node.name).
 			WithHint("on %s: journalctl -u unibus-nats; what cannot be reloaded needs cluster rollout upgrade", h.node.name)
+	}
+	if err != nil {
+		return err
+	}
+	why, err := g.certificatesDue(ctx, h)
+	if err == nil && why != "" {
+		err = bus.E(bus.Conflict, "the server of %s %s after the %s", h.node.name, why, verb).WithHint("on %s: journalctl -u unibus-nats", h.node.name)
 	}
 	return err
 }

@@ -254,21 +254,29 @@ func (a *app) newDeployment(c *cli.Context) (*deployment, error) {
 		}
 	}
 	d := &deployment{app: a, inv: inv}
+	if err := d.reach(c.String("ssh-config"), only); err != nil {
+		return nil, err
+	}
+	return d, nil
+}
+
+// reach says how the nodes are reached, all of them or those named.
+func (d *deployment) reach(sshConfig string, only []string) error {
 	seen := map[string]string{}
-	for _, n := range inv.nodes {
+	for _, n := range d.inv.nodes {
 		if n.ssh == "" {
-			return nil, bus.E(bus.Invalid, "%s:%d: %s: ssh=USER@HOST is missing", inv.path, n.line, n.name).WithHint("write how the node is reached by ssh")
+			return bus.E(bus.Invalid, "%s:%d: %s: ssh=USER@HOST is missing", d.inv.path, n.line, n.name).WithHint("write how the node is reached by ssh")
 		}
 		if other := seen[n.ssh]; other != "" {
-			return nil, bus.E(bus.Invalid, "%s:%d: %s and %s are the same machine %s", inv.path, n.line, other, n.name, n.ssh).
+			return bus.E(bus.Invalid, "%s:%d: %s and %s are the same machine %s", d.inv.path, n.line, other, n.name, n.ssh).
 				WithHint("the units hold one node for each machine")
 		}
 		seen[n.ssh] = n.name
 		if len(only) == 0 || slices.Contains(only, n.name) {
-			d.hosts = append(d.hosts, &deployHost{node: n, config: c.String("ssh-config")})
+			d.hosts = append(d.hosts, &deployHost{node: n, config: sshConfig})
 		}
 	}
-	return d, nil
+	return nil
 }
 
 // deployStage is plan too: the same, without the last step.

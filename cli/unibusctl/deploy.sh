@@ -233,6 +233,10 @@ report() {
 			[ ! -f "$env" ] || grep '^[A-Z]' "$env" | (while IFS= read -r line; do
 				echo "$has" | grep -qxF -e "$line" || exit 1
 			done) || old=environment
+			# Seeds are copied at the start of a unit.
+			for loaded in "/run/credentials/unibus-$unit.service"/*; do
+				[ ! -f "$loaded" ] || [ "$(sum "$loaded")" = "$(sum "/etc/unibus/creds/$(basename "$loaded")" 2>/dev/null)" ] || old=credentials
+			done
 		fi
 		echo "unit $unit $(systemctl show -P ActiveState "unibus-$unit.service") $old $(systemctl show -P NRestarts "unibus-$unit.service") $(systemctl show -P StatusText "unibus-$unit.service")"
 	done

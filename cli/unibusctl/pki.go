@@ -71,6 +71,8 @@ func (a *app) pkiCommand() *cli.Command {
 					return a.pkiStatus(c.Context, c.String("dir"), c.String("inventory"), c.StringSlice("connect"), c.Bool("live"))
 				},
 			},
+			a.pkiRenewCommand(),
+			a.pkiRotateCommand(),
 		},
 	}
 }

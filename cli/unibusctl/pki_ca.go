@@ -245,15 +245,18 @@ func certNames(cert *x509.Certificate) []string {
 // certificate that does not match its key, which every check names, and never
 // a certificate whose key is lost.
 func (p *keyPair) write(certPath, keyPath string, force bool) error {
-	der, err := x509.MarshalPKCS8PrivateKey(p.key)
-	if err != nil {
-		return fmt.Errorf("encode %s: %w", keyPath, err)
-	}
-	key := pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})
-	if err := writeFile(keyPath, key, 0o600, force); err != nil {
+	if err := p.writeKey(keyPath, force); err != nil {
 		return err
 	}
 	return writeFile(certPath, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: p.cert.Raw}), 0o644, force)
+}
+
+func (p *keyPair) writeKey(path string, force bool) error {
+	der, err := x509.MarshalPKCS8PrivateKey(p.key)
+	if err != nil {
+		return fmt.Errorf("encode %s: %w", path, err)
+	}
+	return writeFile(path, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), 0o600, force)
 }
 
 // readCerts reads a file of one or more certificates and nothing else.

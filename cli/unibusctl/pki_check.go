@@ -162,6 +162,15 @@ func (k *pkiChecker) authorityProblem(role caRole, cert *x509.Certificate) (prob
 // authorityKey checks the CA's private key where there is one. None is well:
 // it may be kept offline, and belongs on no node.
 func (k *pkiChecker) authorityKey(role caRole, certs []*x509.Certificate) {
+	for _, path := range []string{k.dir.nextKey(role), k.dir.oldKey(role)} { // while the authority is replaced
+		switch {
+		case !exists(path):
+		case k.onNode:
+			k.critical(path, "is the key of an authority, and this is a node", "move it to the PKI directory, off the node")
+		default:
+			k.keyMode(path)
+		}
+	}
 	path := k.dir.caKey(role)
 	key, err := readKey(path)
 	switch {

@@ -6,6 +6,8 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
 	"errors"
 	"fmt"
 	"net"
@@ -32,6 +34,7 @@ type certRow struct {
 	Expires  time.Time `json:"expires,omitzero"`
 	Days     int       `json:"days_left"`
 	Severity severity  `json:"status"`
+	Trusts   []string  `json:"trusts,omitempty"` // authorities that a route port believes
 	Note     string    `json:"note,omitempty"`
 
 	left time.Duration
@@ -108,12 +111,17 @@ type livePort struct {
 func livePorts(inv *inventory) []livePort {
 	var out []livePort
 	for _, n := range inv.nodes {
-		out = append(out,
-			livePort{net.JoinHostPort(n.public, strconv.Itoa(n.ports.nats)), serverLeaf},
-			livePort{net.JoinHostPort(n.public, strconv.Itoa(n.ports.api)), apiLeaf},
-			livePort{net.JoinHostPort(inv.routeAddress(n), strconv.Itoa(n.ports.route)), routeLeaf})
+		out = append(out, nodePorts(inv, n)...)
 	}
 	return out
+}
+
+func nodePorts(inv *inventory, n node) []livePort {
+	return []livePort{
+		{net.JoinHostPort(n.public, strconv.Itoa(n.ports.nats)), serverLeaf},
+		{net.JoinHostPort(n.public, strconv.Itoa(n.ports.api)), apiLeaf},
+		{net.JoinHostPort(inv.routeAddress(n), strconv.Itoa(n.ports.route)), routeLeaf},
+	}
 }
 
 // fileRows lists the certificates of a PKI directory or of a node's own.
@@ -176,11 +184,13 @@ func (a *app) liveRows(ctx context.Context, dir pkiDir, ports []livePort) []cert
 func (a *app) liveRow(ctx context.Context, dir pkiDir, port livePort) certRow {
 	ctx, cancel := a.within(ctx, probeTimeout)
 	defer cancel()
-	cert, role, err := farEnd(ctx, port.address)
+	end, err := farEnd(ctx, port.address)
 	if err != nil {
 		return certRow{Source: port.address, Role: "unknown", Severity: severityUnknown, Note: err.Error()}
 	}
+	cert, role := end.cert, end.role
 	row := rowOf(port.address, cert, a.now())
+	row.Trusts = subjectNames(end.accepts)
 	host, _, _ := net.SplitHostPort(port.address)
 	if err := cert.VerifyHostname(host); err != nil {
 		row.worsen(severityCritical, "does not name "+host)
@@ -248,36 +258,66 @@ func summary(rows []certRow, s severity) string {
 	return fmt.Sprintf("%s %s", first.Source, first.Note)
 }
 
-// farEnd asks who is on host:port: it returns the certificate shown there,
-// after a handshake that proved possession of its key, and serverLeaf if it is
-// a NATS client port. It works for client ports, route ports and the API
-// alike, sends no credentials, and trusts nothing: judging the certificate is
-// the caller's part.
-func farEnd(ctx context.Context, address string) (*x509.Certificate, leafRole, error) {
+// farSide is what a live port says of itself in a handshake.
+type farSide struct {
+	cert *x509.Certificate
+	role leafRole // serverLeaf if it is a NATS client port, else ""
+	// accepts are the subjects of the authorities whose certificates it takes
+	// from others: routes ask for one, and name whom they believe.
+	accepts [][]byte
+}
+
+// farEnd asks who is on host:port, in a handshake that proves possession of the
+// certificate's key. It works for client ports, route ports and the API alike,
+// sends no credentials, and trusts nothing: judging the certificate is the
+// caller's part.
+func farEnd(ctx context.Context, address string) (*farSide, error) {
 	host, _, err := net.SplitHostPort(address)
 	if err != nil {
-		return nil, "", fmt.Errorf("is not host:port: %w", err)
+		return nil, fmt.Errorf("is not host:port: %w", err)
 	}
 	conn, err := new(net.Dialer).DialContext(ctx, "tcp", address)
 	if err != nil {
-		return nil, "", fmt.Errorf("no connection: %w", err)
+		return nil, fmt.Errorf("no connection: %w", err)
 	}
 	defer func() { _ = conn.Close() }()
 	greeted := &greetedConn{Conn: conn, in: bufio.NewReaderSize(conn, 64<<10)}
+	end := &farSide{}
 	session := tls.Client(greeted, &tls.Config{
 		ServerName: host,
 		// An expired or foreign certificate is what we are here to see.
 		InsecureSkipVerify: true,
 		MinVersion:         tls.VersionTLS12,
+		GetClientCertificate: func(asked *tls.CertificateRequestInfo) (*tls.Certificate, error) {
+			end.accepts = asked.AcceptableCAs
+			return &tls.Certificate{}, nil
+		},
 	})
 	if err := session.HandshakeContext(ctx); err != nil {
 		var plain tls.RecordHeaderError
 		if errors.As(err, &plain) {
-			return nil, "", errors.New("does not speak TLS")
+			return nil, errors.New("does not speak TLS")
 		}
-		return nil, "", fmt.Errorf("no TLS handshake: %w", err)
+		return nil, fmt.Errorf("no TLS handshake: %w", err)
 	}
-	return session.ConnectionState().PeerCertificates[0], greeted.role, nil
+	end.cert, end.role = session.ConnectionState().PeerCertificates[0], greeted.role
+	return end, nil
+}
+
+// subjectNames are the common names of raw subjects, as tables show authorities.
+func subjectNames(raw [][]byte) []string {
+	var out []string
+	for _, der := range raw {
+		var rdn pkix.RDNSequence
+		var name pkix.Name
+		if _, err := asn1.Unmarshal(der, &rdn); err != nil {
+			out = append(out, "unreadable")
+			continue
+		}
+		name.FillFromRDNSequence(&rdn)
+		out = append(out, name.CommonName)
+	}
+	return out
 }
 
 // greetedConn drops the one line that a nats-server says in clear before TLS,
