@@ -370,36 +370,37 @@ func TestCalloutKeyRotation(t *testing.T) {
 			}
 		}
 	})
-	issuer, xkey := newSeed(t, nkeys.PrefixByteAccount), newSeed(t, nkeys.PrefixByteCurve)
+	rotate := func(stage string) {
+		t.Helper()
+		for _, secret := range []string{"issuer", "xkey"} {
+			w.rotated(t, secret, stage)
+		}
+	}
+	render := func() { // as deploy stage does over ssh
+		t.Helper()
+		if err := w.Prepare(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	rotate("trust")
+	w.notRotated(t, "does not have the stage before on its disk", "issuer", "issue")
+	w.notRotated(t, "the stage before is issue", "issuer", "retire")
+	render()
 	for _, i := range w.Nodes() {
-		creds := filepath.Join(w.Etc(i), "creds")
-		issuer.write(t, filepath.Join(creds, "issuer-next.nk"))
-		xkey.write(t, filepath.Join(creds, "xkey-next.nk"))
 		w.restartCallout(i)
 	}
 	w.waitAdmits(p, 1, 2, 3)
-	old := map[string]string{publicOf(t, w.Seed("issuer")): issuer.public, publicOf(t, w.Seed("xkey")): xkey.public}
+	rotate("issue")
+	render()
+	w.notRotated(t, "the server of n1 does not run the stage before yet", "xkey", "retire")
 	for _, i := range w.Nodes() { // read at start only: one node at a time
-		file := filepath.Join(w.Etc(i), "nats", "conf.d", "accounts.conf")
-		text, err := os.ReadFile(file)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for from, to := range old {
-			if !bytes.Contains(text, []byte(from)) {
-				t.Fatalf("%s does not name %s", file, from)
-			}
-			text = bytes.ReplaceAll(text, []byte(from), []byte(to))
-		}
+		w.restartCallout(i)
 		w.Term(i, cluster.NATS)
-		if err := os.WriteFile(file, text, 0o600); err != nil {
-			t.Fatal(err)
-		}
 		w.StartNode(i, cluster.NATS)
 		w.WaitHealthy(30 * time.Second)
 		w.waitAdmits(p, 1, 2, 3) // both generations are in use
 		// Silence is right while the feeds of a restarted server catch up.
-		cluster.WaitFor(t, 20*time.Second, fmt.Sprintf("n%d to refuse a stranger", i), func() error {
+		cluster.WaitFor(w.t, 20*time.Second, fmt.Sprintf("n%d to refuse a stranger", i), func() error {
 			v, err := w.attempt(i, stranger)
 			if v == admitted {
 				t.Errorf("n%d admits a stranger", i)
@@ -410,14 +411,9 @@ func TestCalloutKeyRotation(t *testing.T) {
 			return nil
 		})
 	}
+	rotate("retire")
+	render()
 	for _, i := range w.Nodes() { // the old generation is gone
-		creds := filepath.Join(w.Etc(i), "creds")
-		for _, name := range []string{"issuer", "xkey"} {
-			if err := os.Rename(filepath.Join(creds, name+"-next.nk"), filepath.Join(creds, name+".nk")); err != nil {
-				t.Fatal(err)
-			}
-		}
-		w.SetEnv(i, cluster.Authcallout, "UNIBUS_ISSUER", issuer.public)
 		w.restartCallout(i)
 	}
 	w.waitAdmits(p, 1, 2, 3)

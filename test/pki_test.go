@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -70,6 +71,18 @@ func routeGreeting(t *testing.T, c *cluster.Cluster, leaf string) (string, error
 
 func greetingFor(t *testing.T, c *cluster.Cluster, dir, leaf string) (string, error) {
 	t.Helper()
+	conn, lines := dialRoute(t, c, dir, leaf)
+	if conn == nil {
+		return "", errors.New("no handshake")
+	}
+	defer func() { _ = conn.Close() }()
+	return lines.ReadString('\n')
+}
+
+// dialRoute connects to the route port of n1 with a certificate of dir; conn is
+// nil if that was refused.
+func dialRoute(t *testing.T, c *cluster.Cluster, dir, leaf string) (net.Conn, *bufio.Reader) {
+	t.Helper()
 	config := &tls.Config{RootCAs: trust(t, c, "cluster-ca")}
 	if leaf != "" {
 		pair, err := tls.LoadX509KeyPair(filepath.Join(dir, leaf+".crt"), filepath.Join(dir, leaf+".key"))
@@ -81,13 +94,12 @@ func greetingFor(t *testing.T, c *cluster.Cluster, dir, leaf string) (string, er
 	}
 	conn, err := tls.Dial("tcp", cluster.Loopback(c.Ports[0].Route), config)
 	if err != nil {
-		return "", err
+		return nil, nil
 	}
-	defer func() { _ = conn.Close() }()
 	if err := conn.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
 		t.Fatal(err)
 	}
-	return bufio.NewReader(conn).ReadString('\n')
+	return conn, bufio.NewReader(conn)
 }
 
 func trust(t *testing.T, c *cluster.Cluster, authority string) *x509.CertPool {
@@ -124,7 +136,7 @@ func TestAuthorities(t *testing.T) {
 	w.StartNode(3, cluster.Membership)
 	w.WaitHealthy(30 * time.Second)
 
-	pids, routes := p.pids(), p.routes()
+	pids, routes := p.pids(), w.routes()
 	p.connect(12)
 
 	p.refuses(1, "the stage before is trust", p.stage("cluster", "issue")...)
@@ -137,7 +149,7 @@ func TestAuthorities(t *testing.T) {
 	p.runs(3, "reloaded", p.stage("cluster", "trust")...)
 	p.refuses(1, "the stage before is issue", p.stage("cluster", "retire")...)
 	both := p.swap(2, "cluster-ca.crt", filepath.Join(old, "cluster-ca.crt"))
-	p.refuses(1, "n2 does not trust unibus cluster-ca", p.stage("cluster", "issue")...)
+	p.refuses(1, "n2 does not trust unibus cluster-route CA", p.stage("cluster", "issue")...)
 	p.reload(2)
 	if err := cluster.WriteFile(filepath.Join(w.Etc(2), "tls", "cluster-ca.crt"), both, 0o644); err != nil {
 		t.Fatal(err)
@@ -147,9 +159,9 @@ func TestAuthorities(t *testing.T) {
 	p.runs(3, "reloaded", p.stage("cluster", "issue")...)
 	p.swap(3, "route.key", filepath.Join(old, "n3", "route.key"))
 	p.swap(3, "route.crt", filepath.Join(old, "n3", "route.crt"))
-	p.refuses(1, "n3 has on its disk a route certificate of unibus cluster-ca", p.stage("cluster", "retire")...)
+	p.refuses(1, "n3 has on its disk a route certificate of unibus cluster-route CA", p.stage("cluster", "retire")...)
 	p.reload(3)
-	p.refuses(1, "route certificate of unibus cluster-ca", p.stage("cluster", "retire")...)
+	p.refuses(1, "route certificate of unibus cluster-route CA", p.stage("cluster", "retire")...)
 	p.runs(1, "reloaded", p.stage("cluster", "issue")...)
 	p.runs(3, "reloaded", p.stage("cluster", "retire")...)
 	if greeting, _ := greetingFor(t, w.Cluster, filepath.Join(old, "n2"), "route"); strings.HasPrefix(greeting, "INFO ") {
@@ -173,7 +185,7 @@ func TestAuthorities(t *testing.T) {
 	if now := p.pids(); !maps.Equal(now, pids) {
 		t.Errorf("processes were restarted: %v, were %v", now, pids)
 	}
-	if now := p.routes(); !maps.Equal(now, routes) {
+	if now := w.routes(); !maps.Equal(now, routes) {
 		t.Errorf("routes were dropped: %v, were %v", now, routes)
 	}
 
@@ -293,33 +305,6 @@ func (p *authorities) pids() map[string]int {
 	return out
 }
 
-// routes are all routes by their numbers, which are never used again.
-func (p *authorities) routes() map[string]int {
-	p.t.Helper()
-	out := map[string]int{}
-	for _, i := range p.w.Nodes() {
-		var z struct {
-			Routes []struct {
-				ID     int    `json:"rid"`
-				Remote string `json:"remote_name"`
-			} `json:"routes"`
-		}
-		resp, err := http.Get(p.w.MonitorURL(i) + "/routez")
-		if err != nil {
-			p.t.Fatal(err)
-		}
-		err = json.NewDecoder(resp.Body).Decode(&z)
-		_ = resp.Body.Close()
-		if err != nil || len(z.Routes) != 2 {
-			p.t.Fatalf("n%d has %d routes: %v", i, len(z.Routes), err)
-		}
-		for _, r := range z.Routes {
-			out[p.w.Node(i)+" "+r.Remote] = r.ID
-		}
-	}
-	return out
-}
-
 // connect has n users on the bus, as programs of the SDK and as stock clients,
 // and one more who connects anew all the time.
 func (p *authorities) connect(n int) {
@@ -390,6 +375,41 @@ func (p *authorities) all() {
 		p.t.Errorf("of all connects %d were refused, %d unheard, %d admitted", p.refused, p.unheard, p.admitted)
 	}
 	p.t.Logf("connects: %d admitted, %d refused, %d that had to be repeated", p.admitted, p.refused, p.unheard)
+}
+
+// routes are all routes by their numbers, which are never used again, once every
+// server has one to each other.
+func (w *world) routes() map[string]int {
+	w.t.Helper()
+	out := map[string]int{}
+	cluster.WaitFor(w.t, 10*time.Second, "two routes of every server", func() error {
+		clear(out)
+		for _, i := range w.Nodes() {
+			var z struct {
+				Routes []struct {
+					ID     int    `json:"rid"`
+					Remote string `json:"remote_name"`
+				} `json:"routes"`
+			}
+			resp, err := http.Get(w.MonitorURL(i) + "/routez")
+			if err != nil {
+				return err
+			}
+			err = json.NewDecoder(resp.Body).Decode(&z)
+			_ = resp.Body.Close()
+			if err != nil {
+				return err
+			}
+			if len(z.Routes) != 2 {
+				return fmt.Errorf("n%d has %d routes", i, len(z.Routes))
+			}
+			for _, r := range z.Routes {
+				out[w.Node(i)+" "+r.Remote] = r.ID
+			}
+		}
+		return nil
+	})
+	return out
 }
 
 func install(t *testing.T, from, to string) {

@@ -84,6 +84,7 @@ func TestClusterReload(t *testing.T) {
 		t.Cleanup(nc.Close)
 		alive = append(alive, func() error { return nc.FlushTimeout(5 * time.Second) })
 	}
+	w.rotateRoutePassword(t)
 	for _, i := range w.Nodes() {
 		edit(i, "max_streams: 16", "max_streams: 17")
 	}
@@ -116,4 +117,119 @@ func TestClusterReload(t *testing.T) {
 		t.Errorf("a configuration that n2 refuses: exit %d: %s%s", r.Code, r.Stdout, r.Stderr)
 	}
 	w.WaitHealthy(30 * time.Second)
+}
+
+// rotateRoutePassword replaces the route password by reloads. Each route is made
+// anew once, in the middle stage, and nobody waits for more than a reload.
+func (w *world) rotateRoutePassword(t *testing.T) {
+	t.Helper()
+	old, err := os.ReadFile(filepath.Join(w.Secrets(), "route.pass"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	routes := w.routes()
+	kept := func() int {
+		n := 0
+		now := w.routes()
+		for name, id := range routes {
+			if now[name] == id {
+				n++
+			}
+		}
+		return n
+	}
+	for _, step := range []struct {
+		stage    string
+		keeps    bool
+		old, new bool // passwords that open a route then
+	}{
+		{"trust", true, true, true},
+		{"issue", false, true, true},
+		{"retire", true, false, true},
+	} {
+		if step.stage != "trust" {
+			routes = w.routes()
+		}
+		w.rotated(t, "route-password", step.stage)
+		if step.stage == "trust" {
+			w.notRotated(t, "does not have the stage before on its disk", "route-password", "issue")
+		}
+		if err := w.Prepare(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if step.stage == "trust" {
+			w.notRotated(t, "the server of n1 does not run the stage before yet", "route-password", "issue")
+			w.notRotated(t, "the stage before is issue", "route-password", "retire")
+		}
+		if r := w.In(t).CLI("cluster", "reload", "--yes"); r.Code != 0 {
+			t.Fatalf("%s: exit %d: %s%s", step.stage, r.Code, r.Stdout, r.Stderr)
+		}
+		n := kept()
+		t.Logf("route password, %s: %d of %d routes kept", step.stage, n, len(routes))
+		if step.keeps && n != len(routes) {
+			t.Errorf("%s: %d of %d routes kept, want all", step.stage, n, len(routes))
+		}
+		now, err := os.ReadFile(filepath.Join(w.Secrets(), "route.pass"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, try := range []struct {
+			name, password string
+			want           bool
+		}{{"old", string(old), step.old || step.stage == "trust"}, {"new", string(now), step.new}} {
+			if said, got := routeLogin(t, w.Cluster, strings.TrimSpace(try.password)); got != try.want {
+				t.Errorf("%s: a node that says the %s password is a route: %v, want %v (%s)", step.stage, try.name, got, try.want, said)
+			}
+		}
+	}
+	w.WaitHealthy(30 * time.Second)
+}
+
+func (w *world) rotate(t *testing.T, secret, stage string) cluster.Result {
+	t.Helper()
+	return w.In(t).CLI("config", "rotate", secret, "--stage", stage, "--secrets", w.Secrets(), "--pki", w.PKI(),
+		"--inventory", w.Inventory(), "--local", w.Dir, "--yes")
+}
+
+func (w *world) rotated(t *testing.T, secret, stage string) {
+	t.Helper()
+	if r := w.rotate(t, secret, stage); r.Code != 0 || !strings.Contains(r.Stdout, stage) {
+		t.Fatalf("config rotate %s --stage %s: exit %d: %s%s", secret, stage, r.Code, r.Stdout, r.Stderr)
+	}
+}
+
+func (w *world) notRotated(t *testing.T, why, secret, stage string) {
+	t.Helper()
+	if r := w.rotate(t, secret, stage); r.Code != 1 || !strings.Contains(r.Stderr, why) {
+		t.Errorf("config rotate %s --stage %s: exit %d, want 1 and %q: %s%s", secret, stage, r.Code, why, r.Stdout, r.Stderr)
+	}
+}
+
+// routeLogin speaks to the route port of n1 as another node would, with the
+// certificate of n2, and says whether the password was taken.
+func routeLogin(t *testing.T, c *cluster.Cluster, password string) (said string, in bool) {
+	t.Helper()
+	conn, lines := dialRoute(t, c, filepath.Join(c.PKI(), c.Node(2)), "route")
+	if conn == nil {
+		t.Fatal("no route port")
+	}
+	defer func() { _ = conn.Close() }()
+	if _, err := lines.ReadString('\n'); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := fmt.Fprintf(conn, "CONNECT {\"verbose\":false,\"pedantic\":false,\"user\":\"unibus-route\",\"pass\":%q,\"tls_required\":true,\"name\":\"NDTEST\",\"cluster\":\"unibus\"}\r\nPING\r\n", password); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		line, err := lines.ReadString('\n')
+		switch {
+		case err != nil:
+			return said, false
+		case strings.HasPrefix(line, "-ERR"):
+			return line, false
+		case strings.HasPrefix(line, "PONG"):
+			return line, true
+		}
+		said = line
+	}
 }

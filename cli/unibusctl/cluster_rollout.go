@@ -339,6 +339,12 @@ func configOnDisk(lines []string) string {
 // runningConfig is the digest of the configuration that a server has loaded, as
 // it says itself.
 func (g *gate) runningConfig(ctx context.Context, n node) (string, error) {
+	z, err := g.varz(ctx, n)
+	return digestForm.FindString(z.Digest), err
+}
+
+// varz is what the server of a node says of itself.
+func (g *gate) varz(ctx context.Context, n node) (varz, error) {
 	ctx, cancel := context.WithTimeout(ctx, questionWithin)
 	defer cancel()
 	v := &doctorVisit{app: g.app, doctorRequest: g.request, unasked: map[string]bool{}}
@@ -346,9 +352,9 @@ func (g *gate) runningConfig(ctx context.Context, n node) (string, error) {
 	v.greet(ctx, p)
 	z, _, err := v.askVarz(ctx, p)
 	if err != nil {
-		return "", bus.E(bus.Unavailable, "the server of %s does not tell what it runs: %w", n.name, err).WithHint("unibusctl deploy status --node %s ...", n.name)
+		return z, bus.E(bus.Unavailable, "the server of %s does not tell what it runs: %w", n.name, err).WithHint("unibusctl deploy status --node %s ...", n.name)
 	}
-	return digestForm.FindString(z.Digest), nil
+	return z, nil
 }
 
 // roll does one node: the gate without it, the act, the gate with it.

@@ -63,6 +63,7 @@ func (a *app) configCommand() *cli.Command {
 				},
 			},
 			a.configCheckCommand(),
+			a.configRotateCommand(),
 		},
 	}
 }
@@ -91,6 +92,9 @@ var keyFiles = []keyFile{
 const routePasswordFile = "route.pass"
 
 func (k keyFile) file() string { return k.name + ".nk" }
+
+// second reports whether nodes hold two of them, so that they can be replaced.
+func (k keyFile) second() bool { return k.name == "issuer" || k.name == "xkey" }
 
 func (a *app) configInit(dir string, force bool) error {
 	made := make([]string, 0, len(keyFiles)+1)
@@ -194,6 +198,11 @@ type secrets struct {
 	public        map[string]string // by key name
 	seeds         map[string][]byte // by key name, as in the file
 	routePassword string
+
+	// While one is replaced (config rotate): the other generation of issuer and
+	// xkey, and whether nodes demand the route password of each other.
+	second  map[string][]byte
+	unasked bool
 }
 
 func readSecrets(dir string) (*secrets, error) {
@@ -209,6 +218,13 @@ func readSecrets(dir string) (*secrets, error) {
 		}
 		s.seeds[k.name] = seed
 	}
+	var err error
+	if s.second, err = readSecond(dir, s.seeds); err != nil {
+		return nil, err
+	}
+	for _, r := range rotatables() {
+		s.unasked = s.unasked || (r.file == routePasswordFile && secretStage(dir, r) != "")
+	}
 	path := filepath.Join(dir, routePasswordFile)
 	raw, err := readMadeSecret(path, dir)
 	if err != nil {
@@ -220,6 +236,35 @@ func readSecrets(dir string) (*secrets, error) {
 			WithHint("restore it from the backup of %s", dir)
 	}
 	return s, nil
+}
+
+// readSecond is the second generation of the keys that callouts accept two of:
+// the next one, the last one, or the same once more. Every node always has both
+// files: a unit does not start without a credential that it names, and an old
+// seed is gone when it is overwritten.
+func readSecond(dir string, first map[string][]byte) (map[string][]byte, error) {
+	out := map[string][]byte{}
+	for _, k := range keyFiles {
+		if !k.second() {
+			continue
+		}
+		out[k.name] = first[k.name]
+		for _, word := range []string{"old", "next"} {
+			path := filepath.Join(dir, beside(k.file(), word))
+			if !exists(path) {
+				continue
+			}
+			seed, err := readSecret(path)
+			if err != nil {
+				return nil, err
+			}
+			if _, err := publicOf(seed, k.prefix); err != nil {
+				return nil, bus.E(bus.Invalid, "%s: %w", path, err).WithHint("restore it from the backup of %s", dir)
+			}
+			out[k.name] = seed
+		}
+	}
+	return out, nil
 }
 
 func readMadeSecret(path, dir string) ([]byte, error) {

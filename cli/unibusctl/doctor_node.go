@@ -437,6 +437,7 @@ type varz struct {
 	HTTPPort  int    `json:"http_port"`
 	HTTPSPort int    `json:"https_port"`
 	Digest    string `json:"config_digest"`
+	Metadata  map[string]string
 	Gateway   struct{ Port int }
 	Leaf      struct {
 		Port    int

@@ -124,6 +124,33 @@ func (l *linter) keys() {
 		}
 		l.keyIsKnown(k, at, public)
 	}
+	l.secondKeys()
+}
+
+// secondKeys checks the other generation of issuer and xkey, which callouts
+// accept beside the one of the servers while it is replaced.
+func (l *linter) secondKeys() {
+	for _, k := range keyFiles {
+		if !k.second() {
+			continue
+		}
+		at := confPos{file: l.path("creds/" + beside(k.file(), "next"))}
+		data, err := os.ReadFile(at.file)
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			l.critical(at, "is missing: unibus-authcallout does not start without it", fixRender)
+			continue
+		case err != nil:
+			l.unknown(at, err.Error(), "run as a user who may read it, such as root")
+			continue
+		}
+		if mode, ok := modeOf(at.file); ok && mode&0o077 != 0 {
+			l.critical(at, fmt.Sprintf("is a secret that others can read (mode %04o)", mode), fmt.Sprintf("chmod 600 %s, and make a new one if others were on this machine", at.file))
+		}
+		if _, err := publicOf(data, k.prefix); err != nil {
+			l.critical(at, err.Error(), "restore it from what config init made; "+fixRender)
+		}
+	}
 }
 
 // keyIsKnown finds a key's public half where the servers look for it.

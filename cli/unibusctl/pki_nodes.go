@@ -376,13 +376,13 @@ func (s *nodeSight) believes(role caRole, ca *x509.Certificate) string {
 
 // broughtNode is a node in the JSON of renew and rotate-ca.
 type broughtNode struct {
-	Node     string   `json:"node"`
-	Files    []string `json:"files"`    // replaced, or to be
-	Reload   bool     `json:"reload"`   // nats-server loaded its configuration again, or is to
-	Clients  int      `json:"clients"`  // of all servers before that reload
-	Dropped  int      `json:"dropped"`  // at most so many were missing at one moment
-	BackMS   int64    `json:"back_ms"`  // until they were back
-	Done     bool     `json:"done"`     // the node shows what the PKI directory holds
+	Node    string   `json:"node"`
+	Files   []string `json:"files"`   // replaced, or to be
+	Reload  bool     `json:"reload"`  // nats-server loaded its configuration again, or is to
+	Clients int      `json:"clients"` // of all servers before that reload
+	Dropped int      `json:"dropped"` // at most so many were missing at one moment
+	BackMS  int64    `json:"back_ms"` // until they were back
+	Done    bool     `json:"done"`    // the node shows what the PKI directory holds
 }
 
 // bring has every node, one after the other, take over and show what the PKI

@@ -73,7 +73,8 @@ type rotation struct {
 }
 
 func (d pkiDir) nextKey(r caRole) string { return strings.TrimSuffix(d.caKey(r), ".key") + "-next.key" }
-func (d pkiDir) oldKey(r caRole) string  { return strings.TrimSuffix(d.caKey(r), ".key") + "-old.key" }
+
+func (d pkiDir) oldKey(r caRole) string { return strings.TrimSuffix(d.caKey(r), ".key") + "-old.key" }
 
 func (d pkiDir) rotation(role caRole) (rotation, error) {
 	r := rotation{role: role}

@@ -114,6 +114,9 @@ func (r *renderRequest) files() ([]nodeFile, error) {
 		if k.onNode {
 			files = append(files, nodeFile{name: "creds/" + k.file(), mode: 0o600, data: s.seeds[k.name]})
 		}
+		if k.second() {
+			files = append(files, nodeFile{name: "creds/" + beside(k.file(), "next"), mode: 0o600, data: s.second[k.name]})
+		}
 	}
 	return files, nil
 }
@@ -185,6 +188,7 @@ type nodeConfig struct {
 	Key           map[string]string // public keys by name
 	Static        []string          // names of the keys that servers know themselves
 	RoutePassword string
+	RouteDemands  bool // the password, and not only a certificate of the cluster CA
 
 	Buckets, ViewBuckets, Streams []string
 	Audit                         string // the stream
@@ -220,7 +224,7 @@ func newNodeConfig(inv *inventory, n node, s *secrets, etc, state string) nodeCo
 			NATS: n.ports.nats, Monitor: n.ports.monitor,
 			MembershipAdmin: n.ports.membershipAdmin, AuthcalloutAdmin: n.ports.authcalloutAdmin,
 		},
-		Key: s.public, RoutePassword: s.routePassword,
+		Key: s.public, RoutePassword: s.routePassword, RouteDemands: !s.unasked,
 		ViewBuckets: []string{kv.Users, kv.Rooms, kv.Members}, Audit: kv.AuditStream,
 		Caps: caps{Store: storePerNode, Ctrl: kv.Replicas * ctrlPerNode, Bus: kv.Replicas * busPerNode, CtrlNode: ctrlPerNode, BusNode: busPerNode},
 	}
