@@ -150,6 +150,9 @@ func TestAuthorities(t *testing.T) {
 	p.refuses(1, "the stage before is issue", p.stage("cluster", "retire")...)
 	both := p.swap(2, "cluster-ca.crt", filepath.Join(old, "cluster-ca.crt"))
 	p.refuses(1, "n2 does not trust unibus cluster-route CA", p.stage("cluster", "issue")...)
+	if r := p.status(); r.Code != 1 || !strings.Contains(r.Stdout, "the running server trusts others") {
+		t.Errorf("n2 has another file than it runs: exit %d\n%s%s", r.Code, r.Stdout, r.Stderr)
+	}
 	p.reload(2)
 	if err := cluster.WriteFile(filepath.Join(w.Etc(2), "tls", "cluster-ca.crt"), both, 0o644); err != nil {
 		t.Fatal(err)
@@ -160,6 +163,9 @@ func TestAuthorities(t *testing.T) {
 	p.swap(3, "route.key", filepath.Join(old, "n3", "route.key"))
 	p.swap(3, "route.crt", filepath.Join(old, "n3", "route.crt"))
 	p.refuses(1, "n3 has on its disk a route certificate of unibus cluster-route CA", p.stage("cluster", "retire")...)
+	if r := p.status(); r.Code != 1 || !strings.Contains(r.Stdout, "the node shows another one") {
+		t.Errorf("n3 has another certificate than it shows: exit %d\n%s%s", r.Code, r.Stdout, r.Stderr)
+	}
 	p.reload(3)
 	p.refuses(1, "route certificate of unibus cluster-route CA", p.stage("cluster", "retire")...)
 	p.runs(1, "reloaded", p.stage("cluster", "issue")...)
@@ -249,7 +255,7 @@ func (p *authorities) runs(reloads int, says string, args ...string) {
 }
 
 func (p *authorities) status() cluster.Result {
-	return p.w.In(p.t).CLI("pki", "status", "--dir", p.w.PKI(), "--inventory", p.w.Inventory(), "--live")
+	return p.w.In(p.t).CLI("pki", "status", "--dir", p.w.PKI(), "--inventory", p.w.Inventory(), "--live", "--local", p.w.Dir)
 }
 
 func (p *authorities) tree() map[string]string {

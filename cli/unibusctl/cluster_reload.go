@@ -13,6 +13,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"unibus.internal/bus"
+	"unibus.internal/bus/kv"
 )
 
 const (
@@ -143,7 +144,7 @@ func (a *app) everyNodeReady(ctx context.Context) error {
 
 // reloadOne reloads one server and waits for the cluster behind it.
 func (a *app) reloadOne(ctx context.Context, seed, node string) (r reloaded, err error) {
-	nc, err := a.dialFirst(ctx, seed, "_INBOX_sys") // the one before may have been to the server that was reloaded
+	nc, err := a.dialServer(ctx, seed, node)
 	if err != nil {
 		return r, err
 	}
@@ -199,6 +200,24 @@ func (a *app) reloadOne(ctx context.Context, seed, node string) (r reloaded, err
 		case <-time.After(backEvery):
 		}
 	}
+}
+
+// dialServer connects to the server itself where its address is known: by way of
+// another one, the answer to a reload that makes its routes anew would be lost.
+func (a *app) dialServer(ctx context.Context, seed, node string) (*nats.Conn, error) {
+	for _, u := range strings.Split(a.set.natsURL, ",") {
+		nc, err := kv.Connect(kv.Link{
+			URL: strings.TrimSpace(u), SeedFile: seed, CAFile: a.set.ca, Name: "unibusctl", Inbox: "_INBOX_sys", Timeout: dialTimeout, Once: true,
+		})
+		switch {
+		case err != nil:
+		case nc.ConnectedServerName() == node:
+			return nc, nil
+		default:
+			nc.Close()
+		}
+	}
+	return a.dialFirst(ctx, seed, "_INBOX_sys")
 }
 
 // requestReload has a server read its configuration (nats-server events.go,

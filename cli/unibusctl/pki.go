@@ -59,17 +59,18 @@ func (a *app) pkiCommand() *cli.Command {
 				Name:  "status",
 				Usage: "list certificates and when they expire, in files and on live ports",
 				Description: "Exit code 0 ok, 1 for less than 30 days left, 2 for less than 7 days or worse,\n" +
-					"3 if a port does not answer.\n\n" +
+					"3 if a port or a node does not answer. A route port also tells which authorities it trusts.\n\n" +
 					"Example:\n  unibusctl pki status --dir pki\n  unibusctl pki status --connect host:4250 --connect host:8470\n" +
-					"  unibusctl pki status --dir pki --inventory nodes.env --live",
+					"  unibusctl pki status --dir pki --inventory nodes.env --live --nodes",
 				Flags: []cli.Flag{
 					someDir, inventory,
 					&cli.StringSliceFlag{Name: "connect", Usage: "also ask the live `HOST:PORT` (NATS, route or API; repeat)"},
-					&cli.BoolFlag{Name: "live", Usage: "also ask every port of the inventory"},
+					&cli.BoolFlag{Name: "live", Usage: "also ask every port of the inventory, or without one those of --nats-url and --api-url"},
+					&cli.BoolFlag{Name: "nodes", Usage: "also read the files on every node of the inventory, over ssh"},
+					&cli.StringFlag{Name: "ssh-config", TakesFile: true, Usage: "`FILE` for ssh -F"},
+					localFlag(),
 				},
-				Action: func(c *cli.Context) error {
-					return a.pkiStatus(c.Context, c.String("dir"), c.String("inventory"), c.StringSlice("connect"), c.Bool("live"))
-				},
+				Action: a.pkiStatus,
 			},
 			a.pkiRenewCommand(),
 			a.pkiRotateCommand(),

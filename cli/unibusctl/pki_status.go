@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/jedib0t/go-pretty/v6/table"
+	"github.com/urfave/cli/v2"
 )
 
 // probeTimeout bounds one question to a live port.
@@ -62,35 +63,50 @@ func (r *certRow) worsen(s severity, note string) {
 	r.Note = note
 }
 
-// pkiStatus shows what expires when, and whether live ports show what the
-// files say.
-func (a *app) pkiStatus(ctx context.Context, dir, inventoryPath string, connect []string, live bool) error {
-	if dir == "" && len(connect) == 0 && !live {
-		return usagef("pki status needs --dir, --connect or --live: what is to be looked at?")
+// pkiStatus shows what expires when, and whether files, nodes and live ports
+// agree.
+func (a *app) pkiStatus(c *cli.Context) error {
+	dir, inventoryPath, connect, live := c.String("dir"), c.String("inventory"), c.StringSlice("connect"), c.Bool("live")
+	onNodes := c.Bool("nodes") || c.String("local") != ""
+	if dir == "" && len(connect) == 0 && !live && !onNodes {
+		return usagef("pki status needs --dir, --connect, --live or --nodes: what is to be looked at?")
 	}
-	if live && inventoryPath == "" {
-		return usagef("--live needs --inventory: which ports?")
+	if onNodes && inventoryPath == "" {
+		return usagef("--nodes needs --inventory: which nodes?")
 	}
 	var ports []livePort
 	for _, address := range connect {
 		ports = append(ports, livePort{address: address})
 	}
-	var known []node
+	var rows []certRow
+	var inv *inventory
 	if inventoryPath != "" {
-		inv, err := parseInventory(inventoryPath)
+		var err error
+		if inv, err = parseInventory(inventoryPath); err != nil {
+			return err
+		}
+	}
+	switch {
+	case live && inv != nil:
+		ports = append(ports, livePorts(inv)...)
+	case live:
+		ports = append(ports, a.settingsPorts()...)
+	}
+	if dir != "" {
+		var known []node
+		if inv != nil {
+			known = inv.nodes
+		}
+		rows = a.fileRows(pkiDir(dir), known)
+	}
+	if onNodes {
+		_, hosts, err := a.pkiHosts(c)
 		if err != nil {
 			return err
 		}
-		known = inv.nodes
-		if live {
-			ports = append(ports, livePorts(inv)...)
-		}
+		rows = append(rows, (&pkiNodes{app: a, dir: pkiDir(dir), inv: inv, hosts: hosts}).diskRows(c.Context, live)...)
 	}
-	var files []certRow
-	if dir != "" {
-		files = a.fileRows(pkiDir(dir), known)
-	}
-	rows := append(files, a.liveRows(ctx, pkiDir(dir), ports)...)
+	rows = append(rows, a.liveRows(c.Context, pkiDir(dir), ports)...)
 	s := severityOK
 	for _, r := range rows {
 		s = s.worse(r.Severity)
@@ -99,6 +115,74 @@ func (a *app) pkiStatus(ctx context.Context, dir, inventoryPath string, connect 
 		return err
 	}
 	return &checkResult{code: int(s), line: fmt.Sprintf("PKI %s - %s", strings.ToUpper(s.String()), summary(rows, s))}
+}
+
+// settingsPorts are the ports that unibusctl itself would connect to.
+func (a *app) settingsPorts() []livePort {
+	var out []livePort
+	for _, u := range strings.Split(a.set.natsURL, ",") {
+		out = append(out, livePort{hostOf(strings.TrimSpace(u)), serverLeaf})
+	}
+	for _, u := range strings.Split(a.set.apiURL, ",") {
+		out = append(out, livePort{hostOf(strings.TrimSpace(u)), apiLeaf})
+	}
+	return out
+}
+
+// diskRows lists the certificates on the disks of the nodes, and what of them
+// differs from the PKI directory and, if live, from what the node shows.
+func (r *pkiNodes) diskRows(ctx context.Context, live bool) []certRow {
+	lists := make([][]certRow, len(r.hosts))
+	var wait sync.WaitGroup
+	for i, h := range r.hosts {
+		wait.Go(func() { lists[i] = r.nodeRows(ctx, h, live) })
+	}
+	wait.Wait()
+	return slices.Concat(lists...)
+}
+
+func (r *pkiNodes) nodeRows(ctx context.Context, h *pkiHost, live bool) []certRow {
+	s := &nodeSight{node: h.node.name, trust: map[caRole][]*x509.Certificate{}, disk: map[leafRole]*x509.Certificate{}}
+	if err := s.readDisk(ctx, h); err != nil {
+		return []certRow{{Source: h.node.name, Role: "unknown", Severity: severityUnknown, Note: err.Error()}}
+	}
+	if live && r.lookAtPorts(ctx, h.node, s) != nil {
+		live = false // the rows of the ports say why
+	}
+	source := func(name string) string { return h.node.name + ":" + name }
+	var rows []certRow
+	for _, role := range caRoles() {
+		name := caFile(role)
+		if len(s.trust[role]) == 0 {
+			rows = append(rows, certRow{Source: source(name), Role: string(role), Severity: severityCritical, Note: "is missing"})
+		}
+		for _, cert := range s.trust[role] {
+			rows = append(rows, rowOf(source(name), cert, r.app.now()))
+		}
+		last := &rows[len(rows)-1]
+		if filed, err := readCerts(r.dir.caCert(role)); r.dir != "" && err == nil && !slices.EqualFunc(filed, s.trust[role], (*x509.Certificate).Equal) {
+			last.worsen(severityWarning, "is not "+r.dir.caCert(role))
+		}
+		if live && role == clusterCA && !sameSubjects(s.accepts, s.trust[clusterCA]) {
+			last.worsen(severityWarning, "the running server trusts others: reload it")
+		}
+	}
+	for _, role := range leafRoles() {
+		cert := s.disk[role]
+		if cert == nil {
+			rows = append(rows, certRow{Source: source(leafFile(role)), Role: string(role), Severity: severityCritical, Note: "is missing"})
+			continue
+		}
+		row := rowOf(source(leafFile(role)), cert, r.app.now())
+		if filed, err := readCert(r.dir.node(h.node.name).cert(role)); r.dir != "" && err == nil && !filed.Equal(cert) {
+			row.worsen(severityWarning, "is not "+r.dir.node(h.node.name).cert(role))
+		}
+		if live && !cert.Equal(s.shown[role]) {
+			row.worsen(severityWarning, "the node shows another one: reload it")
+		}
+		rows = append(rows, row)
+	}
+	return rows
 }
 
 // livePort is a port to ask, and what it must show if that is known.
@@ -235,6 +319,9 @@ func (a *app) printCertificates(s severity, rows []certRow) error {
 				state += ": " + r.Note
 			}
 			expires, left := "", ""
+			if len(r.Trusts) > 0 {
+				state += "; trusts " + strings.Join(r.Trusts, ", ")
+			}
 			if !r.Expires.IsZero() {
 				expires, left = r.Expires.Format(time.DateOnly), span(r.left)
 			}
