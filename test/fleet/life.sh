@@ -73,6 +73,7 @@ life() {
 	staging_leaves_alone
 	load_begins
 	rollouts
+	certificates
 	load_ends
 	stops
 	partition
@@ -226,6 +227,55 @@ rollouts() {
 	step "a client that listened all the while still hears"
 }
 heard_more() { (($(grep -c Received "$work/heard") > $1)); }
+
+pki() {
+	local verb=$1
+	shift
+	ctl pki "$verb" --dir "$work/pki" --inventory "$work/nodes.env" --sys-seed "$work/secrets/sys.nk" --ssh-config "$work/ssh_config" "$@"
+}
+began_everything() { for unit in unibus-nats unibus-authcallout unibus-membership; do began_all "$unit"; done; }
+
+# Every certificate and both authorities, then the issuer, all over ssh and with
+# the load talking on. Its clients read the CA file of the PKI directory.
+certificates() {
+	local before authority stage
+	# However new ones came to a disk, a rollout sees that the server has others.
+	ctl pki issue --dir "$work/pki" --inventory "$work/nodes.env" --node n1 --force >/dev/null
+	[[ $(rollout reload --json 2>/dev/null | grep -c '"units": \[\]') == 3 ]] || fail "a certificate that is on no node is due for a reload"
+	deploy stage --node n1 --yes >/dev/null 2>&1
+	rollout reload >"$work/plan" 2>/dev/null
+	grep -qE '^n1 +unibus-nats' "$work/plan" || fail "new certificates are not due: $(<"$work/plan")"
+	rollout reload --yes >"$work/seen" 2>&1 || fail "the reload failed: $(<"$work/seen")"
+	[[ $(rollout reload --json 2>/dev/null | grep -c '"units": \[\]') == 3 ]] || fail "after a reload certificates are due"
+	pki renew --all --yes >"$work/seen" 2>&1 || fail "the renewal failed: $(<"$work/seen")"
+	on 2 'systemctl stop unibus-membership'
+	refuses 'n2 does not show the certificate of its api port' pki rotate-ca --authority cluster --stage trust --yes
+	on 2 'systemctl start unibus-membership'
+	within 60 ctl cluster wait
+	before=$(began_everything)
+	for authority in cluster client; do
+		refuses 'the stage before is trust' pki rotate-ca --authority "$authority" --stage issue --yes
+		for stage in trust issue retire; do
+			pki rotate-ca --authority "$authority" --stage "$stage" --yes >"$work/seen" 2>&1 || fail "$authority, $stage: $(<"$work/seen")"
+			grep -q ' 0 of them dropped' "$work/seen" || fail "routes were dropped: $(<"$work/seen")"
+		done
+	done
+	pki status --live --nodes >"$work/seen" 2>&1 || fail "after the rotation: $(<"$work/seen")"
+	[[ $(began_everything) == "$before" ]] || fail "certificates restarted something"
+	deploy plan 2>/dev/null | grep -c 'nothing differs' | grep -qx 3 || fail "after the rotation the nodes differ from the PKI directory"
+	step "all certificates and both authorities replaced: nothing restarted, no route dropped"
+
+	[[ -n ${FLEET_FULL:-} ]] || return 0
+	for stage in trust issue retire; do
+		ctl config rotate issuer --stage "$stage" --secrets "$work/secrets" --pki "$work/pki" --inventory "$work/nodes.env" \
+			--sys-seed "$work/secrets/sys.nk" --ssh-config "$work/ssh_config" --yes >"$work/seen" 2>&1 || fail "issuer, $stage: $(<"$work/seen")"
+		deploy stage --yes >/dev/null 2>&1
+		deploy status | grep -qE 'unibus-authcallout .*(credentials|environment)' || fail "status does not see the new seeds"
+		rollout upgrade --yes >"$work/seen" 2>&1 || fail "issuer, $stage: $(<"$work/seen")"
+	done
+	within 30 alice_talks 1
+	step "the issuer replaced"
+}
 
 # One node down: all goes on. Two: nobody new is admitted. Back: all serve.
 stops() {
