@@ -370,11 +370,13 @@ func TestCalloutKeyRotation(t *testing.T) {
 			}
 		}
 	})
+	secrets := []string{"issuer", "xkey"}
+	if full { // of a service, the servers have to be restarted in each stage
+		secrets = append(secrets, "authcallout-auth", "authcallout-ctrl", "authcallout-bus", "membership-ctrl", "membership-bus", "ops")
+	}
 	rotate := func(stage string) {
 		t.Helper()
-		for _, secret := range []string{"issuer", "xkey"} {
-			w.rotated(t, secret, stage)
-		}
+		w.rotated(t, stage, secrets...)
 	}
 	render := func() { // as deploy stage does over ssh
 		t.Helper()
@@ -382,41 +384,46 @@ func TestCalloutKeyRotation(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	rotate("trust")
-	w.notRotated(t, "does not have the stage before on its disk", "issuer", "issue")
-	w.notRotated(t, "the stage before is issue", "issuer", "retire")
-	render()
-	for _, i := range w.Nodes() {
-		w.restartCallout(i)
+	// As cluster rollout upgrade does, for what has changed.
+	restart := func(stage string) {
+		t.Helper()
+		for _, i := range w.Nodes() { // one node at a time
+			w.restartCallout(i)
+			if full {
+				w.Term(i, cluster.Membership)
+			}
+			if full || stage == "issue" { // read at start only
+				w.Term(i, cluster.NATS)
+			}
+			w.StartNode(i)
+			w.WaitHealthy(60 * time.Second)
+			w.waitAdmits(p, 1, 2, 3) // both generations are in use
+			// Silence is right while the feeds of a restarted server catch up.
+			cluster.WaitFor(w.t, 20*time.Second, fmt.Sprintf("n%d to refuse a stranger", i), func() error {
+				v, err := w.attempt(i, stranger)
+				if v == admitted {
+					t.Errorf("n%d admits a stranger", i)
+				}
+				if v != refused {
+					return fmt.Errorf("%s: %w", v, err)
+				}
+				return nil
+			})
+		}
 	}
-	w.waitAdmits(p, 1, 2, 3)
+	rotate("trust")
+	w.notRotated(t, "does not have the stage before on its disk", "issue", "issuer")
+	w.notRotated(t, "the stage before is issue", "retire", "issuer")
+	render()
+	restart("trust")
 	rotate("issue")
 	render()
-	w.notRotated(t, "the server of n1 does not run the stage before yet", "xkey", "retire")
-	for _, i := range w.Nodes() { // read at start only: one node at a time
-		w.restartCallout(i)
-		w.Term(i, cluster.NATS)
-		w.StartNode(i, cluster.NATS)
-		w.WaitHealthy(30 * time.Second)
-		w.waitAdmits(p, 1, 2, 3) // both generations are in use
-		// Silence is right while the feeds of a restarted server catch up.
-		cluster.WaitFor(w.t, 20*time.Second, fmt.Sprintf("n%d to refuse a stranger", i), func() error {
-			v, err := w.attempt(i, stranger)
-			if v == admitted {
-				t.Errorf("n%d admits a stranger", i)
-			}
-			if v != refused {
-				return fmt.Errorf("%s: %w", v, err)
-			}
-			return nil
-		})
-	}
+	w.notRotated(t, "the server of n1 does not run the stage before yet", "retire", "xkey")
+	restart("issue")
 	rotate("retire")
 	render()
-	for _, i := range w.Nodes() { // the old generation is gone
-		w.restartCallout(i)
-	}
-	w.waitAdmits(p, 1, 2, 3)
+	restart("retire") // the old generation is gone
+	w.foundNothing()
 
 	stolen.answering(t, func() {
 		for _, i := range w.Nodes() {

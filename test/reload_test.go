@@ -150,16 +150,16 @@ func (w *world) rotateRoutePassword(t *testing.T) {
 		if step.stage != "trust" {
 			routes = w.routes()
 		}
-		w.rotated(t, "route-password", step.stage)
+		w.rotated(t, step.stage, "route-password")
 		if step.stage == "trust" {
-			w.notRotated(t, "does not have the stage before on its disk", "route-password", "issue")
+			w.notRotated(t, "does not have the stage before on its disk", "issue", "route-password")
 		}
 		if err := w.Prepare(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 		if step.stage == "trust" {
-			w.notRotated(t, "the server of n1 does not run the stage before yet", "route-password", "issue")
-			w.notRotated(t, "the stage before is issue", "route-password", "retire")
+			w.notRotated(t, "the server of n1 does not run the stage before yet", "issue", "route-password")
+			w.notRotated(t, "the stage before is issue", "retire", "route-password")
 		}
 		if r := w.In(t).CLI("cluster", "reload", "--yes"); r.Code != 0 {
 			t.Fatalf("%s: exit %d: %s%s", step.stage, r.Code, r.Stdout, r.Stderr)
@@ -185,23 +185,25 @@ func (w *world) rotateRoutePassword(t *testing.T) {
 	w.WaitHealthy(30 * time.Second)
 }
 
-func (w *world) rotate(t *testing.T, secret, stage string) cluster.Result {
+func (w *world) rotate(t *testing.T, stage string, secrets ...string) cluster.Result {
 	t.Helper()
-	return w.In(t).CLI("config", "rotate", secret, "--stage", stage, "--secrets", w.Secrets(), "--pki", w.PKI(),
-		"--inventory", w.Inventory(), "--local", w.Dir, "--yes")
+	return w.In(t).CLI(append([]string{
+		"config", "rotate", "--stage", stage, "--secrets", w.Secrets(), "--pki", w.PKI(),
+		"--inventory", w.Inventory(), "--local", w.Dir, "--yes",
+	}, secrets...)...)
 }
 
-func (w *world) rotated(t *testing.T, secret, stage string) {
+func (w *world) rotated(t *testing.T, stage string, secrets ...string) {
 	t.Helper()
-	if r := w.rotate(t, secret, stage); r.Code != 0 || !strings.Contains(r.Stdout, stage) {
-		t.Fatalf("config rotate %s --stage %s: exit %d: %s%s", secret, stage, r.Code, r.Stdout, r.Stderr)
+	if r := w.rotate(t, stage, secrets...); r.Code != 0 || strings.Count(r.Stdout, " "+stage+" ") != len(secrets) {
+		t.Fatalf("config rotate %v --stage %s: exit %d: %s%s", secrets, stage, r.Code, r.Stdout, r.Stderr)
 	}
 }
 
-func (w *world) notRotated(t *testing.T, why, secret, stage string) {
+func (w *world) notRotated(t *testing.T, why, stage string, secrets ...string) {
 	t.Helper()
-	if r := w.rotate(t, secret, stage); r.Code != 1 || !strings.Contains(r.Stderr, why) {
-		t.Errorf("config rotate %s --stage %s: exit %d, want 1 and %q: %s%s", secret, stage, r.Code, why, r.Stdout, r.Stderr)
+	if r := w.rotate(t, stage, secrets...); r.Code != 1 || !strings.Contains(r.Stderr, why) {
+		t.Errorf("config rotate %v --stage %s: exit %d, want 1 and %q: %s%s", secrets, stage, r.Code, why, r.Stdout, r.Stderr)
 	}
 }
 

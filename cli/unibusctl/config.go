@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/jedib0t/go-pretty/v6/table"
@@ -93,7 +94,9 @@ const routePasswordFile = "route.pass"
 
 func (k keyFile) file() string { return k.name + ".nk" }
 
-// second reports whether nodes hold two of them, so that they can be replaced.
+// second reports whether nodes hold two of them. They always do: a unit does not
+// start without a credential that it names, and an old seed is gone when it is
+// overwritten.
 func (k keyFile) second() bool { return k.name == "issuer" || k.name == "xkey" }
 
 func (a *app) configInit(dir string, force bool) error {
@@ -203,6 +206,7 @@ type secrets struct {
 	// xkey, and whether nodes demand the route password of each other.
 	second  map[string][]byte
 	unasked bool
+	both    map[string][]string // public keys of users, sorted: what order they were made in changes nothing
 }
 
 func readSecrets(dir string) (*secrets, error) {
@@ -222,6 +226,17 @@ func readSecrets(dir string) (*secrets, error) {
 	if s.second, err = readSecond(dir, s.seeds); err != nil {
 		return nil, err
 	}
+	s.both = map[string][]string{}
+	for _, k := range keyFiles {
+		if k.prefix != nkeys.PrefixByteUser {
+			continue
+		}
+		other, err := publicOf(s.second[k.name], k.prefix)
+		if err != nil {
+			return nil, err
+		}
+		s.both[k.name] = slices.Compact(slices.Sorted(slices.Values([]string{s.public[k.name], other})))
+	}
 	for _, r := range rotatables() {
 		s.unasked = s.unasked || (r.file == routePasswordFile && secretStage(dir, r) != "")
 	}
@@ -238,16 +253,11 @@ func readSecrets(dir string) (*secrets, error) {
 	return s, nil
 }
 
-// readSecond is the second generation of the keys that callouts accept two of:
-// the next one, the last one, or the same once more. Every node always has both
-// files: a unit does not start without a credential that it names, and an old
-// seed is gone when it is overwritten.
+// readSecond is the second generation of each key: the next one, the last one,
+// or the same once more.
 func readSecond(dir string, first map[string][]byte) (map[string][]byte, error) {
 	out := map[string][]byte{}
 	for _, k := range keyFiles {
-		if !k.second() {
-			continue
-		}
 		out[k.name] = first[k.name]
 		for _, word := range []string{"old", "next"} {
 			path := filepath.Join(dir, beside(k.file(), word))

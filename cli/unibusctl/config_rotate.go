@@ -33,11 +33,20 @@ func rotatables() []rotatable {
 			return err
 		}
 	}
-	return []rotatable{
-		{"issuer", "issuer.nk", key(nkeys.PrefixByteAccount), "unibusctl cluster rollout upgrade"},
-		{"xkey", "xkey.nk", key(nkeys.PrefixByteCurve), "unibusctl cluster rollout upgrade"},
-		{"route-password", routePasswordFile, func(path string, a *app) error { return makePassword(path, a.rand, true) }, "unibusctl cluster rollout reload"},
+	const restart, reload = "unibusctl cluster rollout upgrade", "unibusctl cluster rollout reload"
+	out := []rotatable{{"route-password", routePasswordFile, func(path string, a *app) error { return makePassword(path, a.rand, true) }, reload}}
+	for _, k := range keyFiles {
+		out = append(out, rotatable{k.name, k.file(), key(k.prefix), restart})
 	}
+	return out
+}
+
+func rotatableNames() []string {
+	var out []string
+	for _, s := range rotatables() {
+		out = append(out, s.name)
+	}
+	return out
 }
 
 // beside is the file's name with a word before its extension.
@@ -48,12 +57,13 @@ func beside(file, word string) string {
 
 func (a *app) configRotateCommand() *cli.Command {
 	return &cli.Command{
-		Name: "rotate", Usage: "replace the issuer, the xkey or the route password in three stages", ArgsUsage: "issuer|xkey|route-password",
-		Description: "            issuer, xkey                          route-password\n" +
-			"trust   callouts accept the new one beside        routes are accepted by their certificates alone\n" +
-			"issue   servers use the new one                   every node says the new one\n" +
-			"retire  callouts forget the old one               the new one is demanded\n\n" +
-			"Changes the secrets directory only; `deploy stage` and the rollout that it names bring the stage to the\n" +
+		Name: "rotate", Usage: "replace the route password, the issuer, the xkey or the key of a service in three stages", ArgsUsage: "SECRET...",
+		Description: "        issuer, xkey                 a service, ops, sys          route-password\n" +
+			"trust   callouts accept both         servers accept both          routes stand on their certificates alone\n" +
+			"issue   servers use the new one      the service uses the new     every node says the new one\n" +
+			"retire  callouts forget the old one  servers forget the old one   the new one is demanded\n\n" +
+			"SECRET is one of: " + strings.Join(rotatableNames(), ", ") + ".\n" +
+			"Several go through a stage together. Changes the secrets directory only; `deploy stage` and the rollout that it names bring the stage to the\n" +
 			"nodes. The next stage is refused until every node has the one before, on its disk and running.\n" +
 			"Shows what it would do until it is told --yes.\n\n" +
 			"   unibusctl config rotate issuer --stage trust --secrets secrets --pki pki --inventory nodes.env --sys-seed secrets/sys.nk --yes",
@@ -83,45 +93,66 @@ func secretStage(dir string, s rotatable) string {
 	return ""
 }
 
+// rotatedSecret is one secret in the JSON of rotate.
+type rotatedSecret struct {
+	Secret  string `json:"secret"`
+	Already bool   `json:"already"` // had the stage before
+}
+
 func (a *app) configRotate(c *cli.Context) error {
-	args, err := positional(c, "SECRET")
-	if err != nil {
-		return err
+	stage, dir := c.String("stage"), c.String("secrets")
+	if c.NArg() == 0 {
+		return usagef("SECRET is missing")
 	}
-	i := slices.IndexFunc(rotatables(), func(s rotatable) bool { return s.name == args[0] })
-	if i < 0 {
-		return usagef("%s is none of issuer, xkey, route-password", quote(args[0]))
-	}
-	s, stage, dir := rotatables()[i], c.String("stage"), c.String("secrets")
 	if err := oneOf(stage, stageTrust, stageIssue, stageRetire); err != nil {
 		return usagef("--stage: %v", err)
 	}
 	if _, err := readSecrets(dir); err != nil {
 		return err
 	}
-	done := secretStage(dir, s)
-	if err := inTurn(s.name, done, stage); err != nil {
-		return err
+	var chosen []rotatable
+	var out []rotatedSecret
+	due := false
+	for _, name := range c.Args().Slice() {
+		i := slices.IndexFunc(rotatables(), func(s rotatable) bool { return s.name == name })
+		if i < 0 {
+			return usagef("%s is none of %s", quote(name), strings.Join(rotatableNames(), ", "))
+		}
+		s := rotatables()[i]
+		done := secretStage(dir, s)
+		if err := inTurn(s.name, done, stage); err != nil {
+			return err
+		}
+		already := done == stage || (done == "" && stage == stageRetire)
+		chosen, out, due = append(chosen, s), append(out, rotatedSecret{s.name, already}), due || !already
 	}
-	doneAlready := done == stage || (done == "" && stage == stageRetire)
-	if !doneAlready {
+	// Nothing has to be anywhere before trust.
+	if due && stage != stageTrust {
 		if err := a.everyNodeHas(c, dir); err != nil {
 			return err
 		}
 	}
-	if !a.set.yes {
-		a.say("Nothing was changed. Next: the same with --yes")
-	} else if err := turnSecret(a, dir, s, stage); err != nil {
-		return err
+	act := ""
+	for _, s := range chosen {
+		act = max(act, s.act) // a restart does what a reload does
+		if !a.set.yes {
+			continue
+		}
+		if err := turnSecret(a, dir, s, stage); err != nil {
+			return err
+		}
 	}
-	next := fmt.Sprintf("unibusctl deploy stage ... --yes, and %s ... --yes", s.act)
+	next := fmt.Sprintf("unibusctl deploy stage ... --yes, and %s ... --yes", act)
 	if a.set.yes {
 		a.say("Next: %s; then the stage after %s", next, stage)
+	} else {
+		a.say("Nothing was changed. Next: the same with --yes")
 	}
-	value := map[string]any{"secret": s.name, "stage": stage, "done": a.set.yes, "already": doneAlready}
-	return a.print(value, func(t table.Writer) {
+	return a.print(map[string]any{"stage": stage, "done": a.set.yes, "secrets": out}, func(t table.Writer) {
 		t.AppendHeader(table.Row{"secret", "stage", "done", "then"})
-		t.AppendRow(table.Row{s.name, stage, a.set.yes, next})
+		for _, s := range out {
+			t.AppendRow(table.Row{s.Secret, stage, a.set.yes || s.Already, next})
+		}
 	})
 }
 

@@ -331,11 +331,12 @@ func TestCapsHoldTheBuckets(t *testing.T) {
 func TestDeployNATS(t *testing.T) {
 	const dir = "../../deploy/nats"
 	inv := exampleInventory(t, dir+"/nodes.env.example")
-	public := map[string]string{}
+	public, both := map[string]string{}, map[string][]string{}
 	for _, k := range keyFiles {
 		public[k.name] = "<public key of " + k.file() + ">"
+		both[k.name] = []string{public[k.name]}
 	}
-	c := newNodeConfig(inv, inv.nodes[0], &secrets{public: public, routePassword: "<" + routePasswordFile + ">"}, "/etc/unibus", "/var/lib/unibus")
+	c := newNodeConfig(inv, inv.nodes[0], &secrets{public: public, both: both, routePassword: "<" + routePasswordFile + ">"}, "/etc/unibus", "/var/lib/unibus")
 	files, err := renderTemplates(c)
 	if err != nil {
 		t.Fatal(err)

@@ -185,8 +185,10 @@ type nodeConfig struct {
 	Authorities                    string   // comma list of what clients may call this node's API
 	Ports                          configPorts
 
-	Key           map[string]string // public keys by name
-	Static        []string          // names of the keys that servers know themselves
+	Key           map[string]string   // public keys by name
+	Both          map[string][]string // of users: with the other generation while one is replaced
+	BusServices   string              // comma list of the keys of services in account BUS
+	Static        []string            // names of the keys that servers know themselves
 	RoutePassword string
 	RouteDemands  bool // the password, and not only a certificate of the cluster CA
 
@@ -224,7 +226,7 @@ func newNodeConfig(inv *inventory, n node, s *secrets, etc, state string) nodeCo
 			NATS: n.ports.nats, Monitor: n.ports.monitor,
 			MembershipAdmin: n.ports.membershipAdmin, AuthcalloutAdmin: n.ports.authcalloutAdmin,
 		},
-		Key: s.public, RoutePassword: s.routePassword, RouteDemands: !s.unasked,
+		Key: s.public, Both: s.both, BusServices: strings.Join(slices.Concat(s.both["authcallout-bus"], s.both["membership-bus"]), ","), RoutePassword: s.routePassword, RouteDemands: !s.unasked,
 		ViewBuckets: []string{kv.Users, kv.Rooms, kv.Members}, Audit: kv.AuditStream,
 		Caps: caps{Store: storePerNode, Ctrl: kv.Replicas * ctrlPerNode, Bus: kv.Replicas * busPerNode, CtrlNode: ctrlPerNode, BusNode: busPerNode},
 	}

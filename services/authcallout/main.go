@@ -21,6 +21,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -70,7 +71,7 @@ func leaveProcessors(getenv func(string) string) {
 type config struct {
 	node, natsURL, ca, creds string
 	adminListen, issuer      string
-	membership               string // nkey of membership in account BUS
+	services                 []string // nkeys of services in account BUS, besides the own
 	lease, ttl               time.Duration
 	perUser                  int // connections
 	logFormat                string
@@ -88,14 +89,14 @@ func parseConfig(args []string, getenv func(string) string, stderr io.Writer) (c
 		}
 		return fallback
 	}
-	var lease, ttl, perUser string
+	var lease, ttl, perUser, services string
 	fs.StringVar(&c.node, "node", env("UNIBUS_NODE", ""), "name of this node ($UNIBUS_NODE)")
 	fs.StringVar(&c.natsURL, "nats-url", env("UNIBUS_NATS_URL", "tls://127.0.0.1:4250"), "this node's nats-server ($UNIBUS_NATS_URL)")
 	fs.StringVar(&c.ca, "ca", env("UNIBUS_CA", "/etc/unibus/tls/client-ca.crt"), "client CA ($UNIBUS_CA)")
 	fs.StringVar(&c.creds, "creds-dir", env("UNIBUS_CREDS_DIR", env("CREDENTIALS_DIRECTORY", "/etc/unibus/creds")), "directory of the seeds ($UNIBUS_CREDS_DIR, $CREDENTIALS_DIRECTORY)")
 	fs.StringVar(&c.adminListen, "admin-listen", env("UNIBUS_ADMIN_LISTEN", "127.0.0.1:9480"), "metrics and profiles, loopback only ($UNIBUS_ADMIN_LISTEN)")
 	fs.StringVar(&c.issuer, "issuer", env("UNIBUS_ISSUER", ""), "public key that issuer.nk must have ($UNIBUS_ISSUER)")
-	fs.StringVar(&c.membership, "membership-key", env("UNIBUS_MEMBERSHIP_KEY", ""), "public key of membership-bus.nk, whose connections are nobody's to close ($UNIBUS_MEMBERSHIP_KEY)")
+	fs.StringVar(&services, "service-keys", env("UNIBUS_SERVICE_KEYS", ""), "comma list of the public keys of services in account BUS, whose connections are nobody's to close ($UNIBUS_SERVICE_KEYS)")
 	fs.StringVar(&lease, "lease", env("UNIBUS_LEASE", "10s"), "how long a barrier allows decisions, 1s to 10s ($UNIBUS_LEASE)")
 	fs.StringVar(&ttl, "user-ttl", env("UNIBUS_USER_TTL", "12h"), "how long a session lives at most ($UNIBUS_USER_TTL)")
 	fs.StringVar(&perUser, "user-connections", env("UNIBUS_USER_CONNECTIONS", strconv.Itoa(callout.DefaultUserConnections)), "connections a user may hold; beyond it the oldest are closed ($UNIBUS_USER_CONNECTIONS)")
@@ -123,12 +124,19 @@ func parseConfig(args []string, getenv func(string) string, stderr io.Writer) (c
 		return c, fmt.Errorf("user connections %q is not a number from 1", perUser)
 	case c.logFormat != "text" && c.logFormat != "json":
 		return c, fmt.Errorf("log format %q is not text or json", c.logFormat)
-	case c.membership != "" && !nkeys.IsValidPublicUserKey(c.membership):
-		return c, fmt.Errorf("membership key %q is no public key of a user (U...)", c.membership)
 	case c.node == "":
 		return c, errors.New("the node has no name; set UNIBUS_NODE")
 	case err3 != nil || ip == nil || !ip.IsLoopback():
 		return c, fmt.Errorf("admin address %q is not on loopback", c.adminListen)
+	}
+	for key := range strings.SplitSeq(services, ",") {
+		if key = strings.TrimSpace(key); key == "" {
+			continue
+		}
+		if !nkeys.IsValidPublicUserKey(key) {
+			return c, fmt.Errorf("service key %q is no public key of a user (U...)", key)
+		}
+		c.services = append(c.services, key)
 	}
 	return c, nil
 }

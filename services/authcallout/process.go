@@ -170,7 +170,7 @@ func (p *process) connect() (err error) {
 		return err
 	}
 	p.enforce = callout.NewEnforcer(callout.EnforcerConfig{
-		View: p.view, Service: p.service, Control: p.ctrl, Notices: p.bus, Services: []string{p.busKey, p.cfg.membership},
+		View: p.view, Service: p.service, Control: p.ctrl, Notices: p.bus, Services: append([]string{p.busKey}, p.cfg.services...),
 		Peers: func(ctx context.Context) ([]string, error) { return kv.Peers(ctx, p.ctrl) },
 		Node:  p.cfg.node, Limit: p.cfg.perUser, Log: p.log, Metrics: callout.NewEnforceMetrics(p.reg), Now: time.Now,
 	})

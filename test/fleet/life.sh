@@ -260,7 +260,7 @@ certificates() {
 			grep -q ' 0 of them dropped' "$work/seen" || fail "routes were dropped: $(<"$work/seen")"
 		done
 	done
-	pki status --live --nodes >"$work/seen" 2>&1 || fail "after the rotation: $(<"$work/seen")"
+	ctl pki status --dir "$work/pki" --inventory "$work/nodes.env" --ssh-config "$work/ssh_config" --live --nodes >"$work/seen" 2>&1 || fail "after the rotation: $(<"$work/seen")"
 	[[ $(began_everything) == "$before" ]] || fail "certificates restarted something"
 	deploy plan 2>/dev/null | grep -c 'nothing differs' | grep -qx 3 || fail "after the rotation the nodes differ from the PKI directory"
 	step "all certificates and both authorities replaced: nothing restarted, no route dropped"
