@@ -126,6 +126,7 @@ func refusesConfiguration(t *testing.T, w *world) {
 		"metrics by name":     {set("UNIBUS_ADMIN_LISTEN", "localhost:9480"), nil, "not on loopback"},
 		"log of another form": {set("UNIBUS_LOG_FORMAT", "xml"), nil, "text or json"},
 		"no CA":               {set("UNIBUS_CA", "/nonexistent/ca.crt"), nil, "ca.crt"},
+		"service of no key":   {set("UNIBUS_SERVICE_KEYS", "AAAA"), nil, "no public key of a user"},
 		"another issuer":      {set("UNIBUS_ISSUER", "AAAA"), nil, "UNIBUS_ISSUER"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -145,7 +146,7 @@ func refusesConfiguration(t *testing.T, w *world) {
 		"xkey is no curve": {func(d string) error { return copyFile(d, "issuer.nk", "xkey.nk") }, "curve seed"},
 		"issuer is a user": {func(d string) error { return copyFile(d, "authcallout-auth.nk", "issuer.nk") }, "account seed"},
 		"half of a rotation": {
-			func(d string) error { return copyFile(d, "issuer.nk", "issuer-next.nk") }, "xkey-next.nk",
+			func(d string) error { return os.Remove(filepath.Join(d, "xkey-next.nk")) }, "xkey-next.nk",
 		},
 		"own seed is an account": {func(d string) error { return copyFile(d, "issuer.nk", "authcallout-auth.nk") }, "user seed"},
 	} {
