@@ -260,7 +260,7 @@ func (v *doctorVisit) certificate(ctx context.Context, p *patient, check string,
 	ctx, cancel := context.WithTimeout(ctx, questionWithin)
 	defer cancel()
 	row := v.liveRow(ctx, "", port)
-	next := fmt.Sprintf("unibusctl pki issue --node %s --force, config render, reload", p.name)
+	next := fmt.Sprintf("unibusctl pki renew --node %s ...", p.name)
 	switch row.Severity {
 	case severityOK:
 		if port.role != routeLeaf {
