@@ -80,7 +80,7 @@ tools: ## Unpack Debian's prometheus and haproxy into bin/tools/, for tests
 	@test/tools.sh $(TOOLS)
 
 .PHONY: fleet
-fleet: build ## Three booted Debian systems, reached by ssh, from the inventory to the loss of nodes (root)
+fleet: package ## Three booted Debian systems, reached by ssh, from the inventory to the loss of nodes (root)
 	@test/fleet/fleet.sh
 
 FUZZTIME ?= 20s

@@ -11,6 +11,7 @@ life() {
 	! on 1 'ls -d /etc/unibus /var/lib/unibus-deploy' 2>/dev/null || fail "a plan wrote something"
 	deploy stage 2>/dev/null >"$work/plan"
 	! on 1 'ls -d /etc/unibus /var/lib/unibus-deploy' 2>/dev/null || fail "a stage without --yes wrote something"
+	packaged
 	deploy stage --yes >/dev/null 2>&1
 	deploy stage --yes 2>/dev/null | grep -c 'nothing differs' | grep -qx 3 || fail "a second stage finds differences"
 	for n in 1 2 3; do ! units_active "$n" >/dev/null || fail "a stage started something"; done
@@ -71,6 +72,7 @@ life() {
 	step "first admin, a user, a room; she talks over every node"
 
 	staging_leaves_alone
+	package_leaves_alone
 	load_begins
 	rollouts
 	certificates
@@ -81,6 +83,30 @@ life() {
 	planted_after
 	for n in 1 2 3; do on "$n" 'systemctl is-active neighbour' >/dev/null || fail "another service of n$n was disturbed"; done
 	step "done"
+}
+
+# The first node gets its programs and units by the package, the others by rsync:
+# after it a stage finds nothing of them to do.
+packaged() {
+	on 1 'cat >/root/unibus.deb' <"$(ls "$bin"/package/*.deb)"
+	on 1 'dpkg -i /root/unibus.deb' >/dev/null 2>"$work/said" || fail "the package: $(<"$work/said")"
+	! units_active 1 >/dev/null || fail "the package started something"
+	! on 1 'systemctl is-enabled unibus.target unibus-nats' | grep -x enabled || fail "the package enabled something"
+	! deploy plan --node n1 2>/dev/null | grep -E '^n1: (create|replace|owner) /usr/' || fail "what the package brings is not what a stage would"
+	on 1 'ls /usr/share/man/man1/unibusctl.1.gz' >/dev/null || fail "no manual page"
+	step "n1 has the package, and a stage finds nothing to do in /usr"
+}
+
+# An upgrade beside a running node changes no process; a removal is refused.
+package_leaves_alone() {
+	local unit before
+	before=$(for unit in unibus-nats unibus-authcallout unibus-membership; do started 1 $unit; done)
+	on 1 'dpkg -i /root/unibus.deb' >"$work/said" 2>&1 || fail "the upgrade: $(<"$work/said")"
+	[[ $(for unit in unibus-nats unibus-authcallout unibus-membership; do started 1 $unit; done) == "$before" ]] || fail "an upgrade restarted something"
+	refuses 'systemctl disable --now unibus.target' on 1 'dpkg -r unibus'
+	healthy 1 >/dev/null || fail "n1 does not serve after a removal that was refused"
+	[[ $(on 1 'dpkg-query -W -f "\${Status}" unibus') == 'install ok installed' ]] || fail "the package is not installed any more"
+	step "an upgrade beside a running node restarted nothing, and a removal was refused"
 }
 
 # A load of stock clients that reconnect by themselves, all over the cluster.
