@@ -24,6 +24,7 @@ import (
 	"testing"
 	"time"
 
+	"unibus.internal/bus"
 	"unibus.internal/test/cluster"
 )
 
@@ -326,6 +327,21 @@ func newMonitored(t *testing.T, o cluster.Options) *monitored {
 	return m
 }
 
+// newcomer adds a user, also while the cluster still recovers: a write that was
+// not confirmed may have landed.
+func (m *monitored) newcomer(name string) *person {
+	m.t.Helper()
+	p := newPerson(m.t, name)
+	cluster.WaitFor(m.t, 30*time.Second, name+" to be added", func() error {
+		_, err := m.store.AddUser(m.t.Context(), p.key, bus.Handle(name), bus.Member)
+		if bus.CodeOf(err) == bus.Conflict {
+			return nil
+		}
+		return err
+	})
+	return p
+}
+
 // metricsAreThere: after some use each service shows exactly the metrics that
 // docs/metrics.md lists for it, as promtool would have them, and none names
 // anybody.
@@ -334,7 +350,7 @@ func (m *monitored) metricsAreThere(t *testing.T) {
 	if _, err := os.Stat("../bin/tools/promtool"); err == nil {
 		promtool = program(t, "promtool", "prometheus")
 	}
-	someone := m.addUser("someone")
+	someone := m.newcomer("someone")
 	m.waitAdmits(someone, m.Nodes()...)
 	rows := documentedMetrics(t)
 	for _, i := range m.Nodes() {
@@ -669,7 +685,7 @@ func (m *monitored) drains(t *testing.T) {
 			t.Errorf("%s %s: %v", method, path, err)
 		}
 	}
-	guest := m.addUser("guest")
+	guest := m.newcomer("guest")
 	for range 4 {
 		users.Go(func() {
 			for ctx.Err() == nil {
