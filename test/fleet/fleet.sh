@@ -33,6 +33,9 @@ for program in unibusctl unibus-membership unibus-authcallout unibus-load nats-s
 	[[ -x $bin/$program ]] || fail "bin/$program is missing: make build"
 done
 
+package=$(find "$bin/package" -name '*.deb' 2>/dev/null | head -n 1)
+[[ -n $package ]] || fail "bin/package has no .deb: make package"
+
 cleanup() {
 	local status=$?
 	if [[ $status != 0 && -n $work ]]; then

@@ -88,8 +88,8 @@ life() {
 # The first node gets its programs and units by the package, the others by rsync:
 # after it a stage finds nothing of them to do.
 packaged() {
-	on 1 'cat >/root/unibus.deb' <"$(ls "$bin"/package/*.deb)"
-	on 1 'dpkg -i /root/unibus.deb' >/dev/null 2>"$work/said" || fail "the package: $(<"$work/said")"
+	on 1 'cat >/var/tmp/unibus.deb' <"$package"
+	on 1 'dpkg -i /var/tmp/unibus.deb' >/dev/null 2>"$work/said" || fail "the package: $(<"$work/said")"
 	! units_active 1 >/dev/null || fail "the package started something"
 	! on 1 'systemctl is-enabled unibus.target unibus-nats' | grep -x enabled || fail "the package enabled something"
 	! deploy plan --node n1 2>/dev/null | grep -E '^n1: (create|replace|owner) /usr/' || fail "what the package brings is not what a stage would"
@@ -101,7 +101,7 @@ packaged() {
 package_leaves_alone() {
 	local unit before
 	before=$(for unit in unibus-nats unibus-authcallout unibus-membership; do started 1 $unit; done)
-	on 1 'dpkg -i /root/unibus.deb' >"$work/said" 2>&1 || fail "the upgrade: $(<"$work/said")"
+	on 1 'dpkg -i /var/tmp/unibus.deb' >"$work/said" 2>&1 || fail "the upgrade: $(<"$work/said")"
 	[[ $(for unit in unibus-nats unibus-authcallout unibus-membership; do started 1 $unit; done) == "$before" ]] || fail "an upgrade restarted something"
 	refuses 'systemctl disable --now unibus.target' on 1 'dpkg -r unibus'
 	healthy 1 >/dev/null || fail "n1 does not serve after a removal that was refused"
