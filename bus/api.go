@@ -57,6 +57,71 @@ type RoomDetail struct {
 	Members []MemberInfo `json:"members"`
 }
 
+// RoomKeys is what the servers have of the keys of an encrypted room, as one
+// member may see it. None of it is to be believed before it is verified: see
+// package seal.
+type RoomKeys struct {
+	Room          RoomID          `json:"room"`
+	Creator       UserKey         `json:"creator"`
+	Epoch         uint64          `json:"epoch"`          // the newest; 0: the room has no key yet
+	RekeyRequired bool            `json:"rekey_required"` // an owner is to make the next epoch
+	Why           []RekeyReason   `json:"why"`
+	Waiting       []WaitingMember `json:"waiting"` // members whom no owner has admitted to the newest roster
+	Epochs        []RoomEpoch     `json:"epochs"`  // in order
+	Next          uint64          `json:"next"`    // the epoch after which the next page begins; 0 at the end
+}
+
+// RoomEpoch is one epoch of a room.
+type RoomEpoch struct {
+	Epoch     uint64    `json:"epoch"`
+	Roster    []byte    `json:"roster"`
+	Envelope  []byte    `json:"envelope,omitempty"` // the caller's; absent: there is none
+	CreatedAt time.Time `json:"created_at"`
+}
+
+// RekeyWhy is a reason for the next epoch.
+type RekeyWhy string
+
+// The reasons. All but the first are of somebody who is in the newest roster.
+const (
+	RekeyFirst      RekeyWhy = "no_key"     // the room has no key yet
+	RekeyIncomplete RekeyWhy = "incomplete" // whoever made the newest epoch did not finish it
+	RekeyDeparted   RekeyWhy = "departed"   // removed, gone, revoked, suspended or expired
+	RekeyReturned   RekeyWhy = "returned"   // was away, and has the key of what was said meanwhile
+	RekeyDemoted    RekeyWhy = "demoted"    // has less rights than the roster says
+	RekeyNewKey     RekeyWhy = "new_key"    // has another encryption key
+)
+
+// RekeyReason is a reason and whom it concerns; nil: everybody.
+type RekeyReason struct {
+	Why  RekeyWhy `json:"why"`
+	User *UserKey `json:"user"`
+}
+
+// WaitingMember is in the room as the servers have it, and not, or with a lower
+// role, in the newest roster.
+type WaitingMember struct {
+	User   UserKey  `json:"sign_pub"`
+	Handle Handle   `json:"handle"`
+	Role   RoomRole `json:"role"`
+	Has    RoomRole `json:"has,omitempty"` // the role in the newest roster; absent: none
+	Key    bool     `json:"key"`           // has published an encryption key; without one nobody can be admitted
+}
+
+// MemberKey is an active member with what room keys are sealed to.
+type MemberKey struct {
+	SignPub       UserKey        `json:"sign_pub"`
+	Handle        Handle         `json:"handle"`
+	Role          RoomRole       `json:"role"`
+	EncryptionKey *EncryptionKey `json:"encryption_key"` // null: none published
+}
+
+// GrantedKey is the envelope of an epoch for somebody who came later.
+type GrantedKey struct {
+	Epoch    uint64 `json:"epoch"`
+	Envelope []byte `json:"envelope"`
+}
+
 // MemberInfo is one membership. A revoked user stays listed and has no access:
 // UserStatus says so.
 type MemberInfo struct {

@@ -68,6 +68,10 @@ type User struct {
 	CreatedBy string     `json:"created_by,omitempty"` // nkey of the admin, or "direct"
 	RevokedAt *time.Time `json:"revoked_at"`
 
+	// InterruptedAt is when the user was last suspended, or let in again after
+	// an expiry: whatever was said meanwhile in an encrypted room is not theirs.
+	InterruptedAt *time.Time `json:"interrupted_at,omitempty"`
+
 	EncryptionKey *EncryptionKey `json:"encryption_key,omitempty"`
 
 	// A rotation moves handle, role and rooms from one key to another. RotatedTo

@@ -34,6 +34,7 @@ func TestAPI(t *testing.T) {
 		{"users", a.users},
 		{"invites", a.invites},
 		{"rooms", a.rooms},
+		{"keys", a.keys},
 		{"rotate", a.rotate},
 		{"audit", a.audit},
 		{"connections", a.connections},

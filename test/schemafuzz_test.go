@@ -77,6 +77,8 @@ type schemaFuzz struct {
 	victims []*person
 	tokens  []string // of invites that nobody redeemed yet
 	invites []string // ids of others
+	sealer  *person  // owns the room vault, which is encrypted
+	epoch   dict     // the next one of vault
 	asked   atomic.Int64
 	wrong   atomic.Int64
 
@@ -132,6 +134,13 @@ func newSchemaFuzz(t *testing.T, seed uint64) *schemaFuzz {
 	for _, room := range []string{"lab", "gone-0", "gone-1"} {
 		f.root.want(t, http.StatusCreated, "POST", "/v1/rooms", dict{"room": room})
 	}
+	f.sealer = f.add(t, "sealer")
+	_, public := f.sealer.sealKey(t, 1)
+	f.as(f.sealer).changes(t, "PUT", "/v1/me/encryption-key", public)
+	f.as(f.sealer).want(t, http.StatusCreated, "POST", "/v1/rooms", dict{"room": "vault", "encrypted": true})
+	roster, _, body := epochOf(t, f.sealer, "vault", nil, map[*person]bus.RoomRole{f.sealer: bus.Owner})
+	f.as(f.sealer).changes(t, "POST", "/v1/rooms/vault/epochs", body)
+	_, _, f.epoch = epochOf(t, f.sealer, "vault", roster, map[*person]bus.RoomRole{f.sealer: bus.Owner})
 	for i := range 16 {
 		var made struct{ Invite bus.InviteCreated }
 		f.root.want(t, http.StatusCreated, "POST", "/v1/invites", dict{"role": "member"}).decode(t, &made)
@@ -232,6 +241,9 @@ func (f *schemaFuzz) build(i int) *fuzzCase {
 	c.signer = f.people[c.caller]
 	if c.op.id == "enroll" && (round < 2 || c.caller == "stranger" || rng.IntN(2) == 0) { // who enrolls is no stranger any more
 		c.caller, c.signer = "newcomer", seededPerson(rng)
+	}
+	if (c.op.id == "newEpoch" || c.op.id == "grantKeys") && (round < 2 || rng.IntN(2) == 0) {
+		c.caller, c.signer = "sealer", f.sealer
 	}
 	c.unknown = c.caller == "stranger"
 
@@ -470,6 +482,14 @@ func (f *schemaFuzz) object(rng *rand.Rand, c *fuzzCase, schema map[string]any) 
 		out = map[string]any{"n": k.N, "public": k.Public, "created_at": k.CreatedAt, "signature": k.Signature}
 	case "enroll":
 		out["handle"] = fmt.Sprintf("newcomer-%d", c.i)
+	case "newEpoch":
+		if c.signer == f.sealer {
+			out = maps.Clone(f.epoch)
+		}
+	case "grantKeys":
+		if c.i < len(f.ops) {
+			out = map[string]any{"envelopes": []any{}}
+		}
 	case "changeUser":
 		if len(out) == 0 {
 			out["role"] = "member"
@@ -541,6 +561,8 @@ func (f *schemaFuzz) meant(rng *rand.Rand, c *fuzzCase, name string) any {
 			list = []string{f.victims[5].key.NKey(), f.victims[2].key.Hex(), f.victims[0].key.NKey()}
 		case "removeMember":
 			list = []string{"bob", "victim-5", "nobody"}
+		case "grantKeys":
+			list = []string{"sealer", "bob", "nobody"}
 		}
 		if first {
 			return list[0]
@@ -552,10 +574,12 @@ func (f *schemaFuzz) meant(rng *rand.Rand, c *fuzzCase, name string) any {
 			return fmt.Sprintf("room-%d", c.i)
 		case c.op.id == "archiveRoom":
 			return fmt.Sprintf("gone-%d", rng.IntN(2))
+		case first && slices.Contains([]string{"roomKeys", "newEpoch", "grantKeys"}, c.op.id):
+			return "vault"
 		case first:
 			return "ops"
 		}
-		return pick(rng, []string{"ops", "lab", "gone-0", "nowhere"})
+		return pick(rng, []string{"ops", "lab", "vault", "gone-0", "nowhere"})
 	case "handle":
 		return fmt.Sprintf("%s-%d", pick(rng, []string{"h", "handle_"}), c.i)
 	case "owner":

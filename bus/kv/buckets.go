@@ -21,7 +21,7 @@ const (
 	Rooms         = "UNIBUS_rooms"           // <room>
 	Members       = "UNIBUS_members"         // <room>.<user hex>: the authority on membership
 	RoomsByMember = "UNIBUS_rooms_by_member" // <user hex>.<room>: proposes only
-	RoomKeys      = "UNIBUS_room_keys"       // <room>.<epoch>.<user hex>
+	RoomKeys      = "UNIBUS_room_keys"       // <room>.<epoch>: a roster; <room>.<epoch>.<user hex>: an envelope
 	Nonces        = "UNIBUS_nonces"          // <hash>, create-only, expiring
 	Handles       = "UNIBUS_handles"         // <handle>, a reservation
 	Invites       = "UNIBUS_invites"         // <id>, expiring
@@ -64,6 +64,8 @@ func Streams() []jetstream.StreamConfig {
 	nonces.MaxMsgsPerSubject, nonces.MaxAge, nonces.MaxMsgs, nonces.MaxMsgSize = 1, nonceTTL, 200_000, 1<<10
 	invites := record(Invites, 32*mib)
 	invites.MaxAge = inviteTTL
+	keys := record(RoomKeys, 256*mib)
+	keys.MaxMsgSize = 256 << 10 // a roster of 2,000 members, in base64
 	audit := jetstream.StreamConfig{
 		Name: AuditStream, Subjects: []string{AuditSubjects},
 		Retention: jetstream.LimitsPolicy, Discard: jetstream.DiscardOld, Storage: jetstream.FileStorage,
@@ -72,7 +74,7 @@ func Streams() []jetstream.StreamConfig {
 	}
 	return []jetstream.StreamConfig{
 		record(Users, 128*mib), record(Rooms, 64*mib), record(Members, 256*mib), record(RoomsByMember, 128*mib),
-		record(RoomKeys, 256*mib), record(Handles, 32*mib), invites, nonces, audit,
+		keys, record(Handles, 32*mib), invites, nonces, audit,
 	}
 }
 

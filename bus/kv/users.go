@@ -130,6 +130,10 @@ func (s *Store) SuspendUser(ctx context.Context, key bus.UserKey) (Result, error
 			return false, err
 		}
 		changed := u.Status != bus.Suspended
+		if changed {
+			now := s.stamp()
+			u.InterruptedAt = &now
+		}
 		u.Status = bus.Suspended
 		return changed, nil
 	})
@@ -201,6 +205,9 @@ func (s *Store) PatchUser(ctx context.Context, key bus.UserKey, p UserPatch) (Re
 			u.Role = *p.Role
 		}
 		if p.Expires {
+			if now := s.stamp(); u.ExpiresAt != nil && !now.Before(*u.ExpiresAt) {
+				u.InterruptedAt = &now
+			}
 			u.ExpiresAt = p.ExpiresAt
 			if u.ExpiresAt != nil {
 				at := u.ExpiresAt.UTC().Truncate(time.Millisecond)

@@ -37,6 +37,9 @@ const (
 	memberList      action = "room.member.list"
 	memberSet       action = "room.member.set"
 	memberRemove    action = "room.member.remove"
+	roomKeys        action = "room.keys"
+	roomRekey       action = "room.rekey"
+	roomGrant       action = "room.grant"
 	auditList       action = "audit.list"
 	auditVerify     action = "audit.verify"
 )
@@ -75,13 +78,18 @@ func may(s subject, act action, t target) error {
 		return allow(s.role == bus.Admin || s.key == t.user, "only an admin may do this to somebody else")
 	case roomCreate:
 		return allow(s.role == bus.Admin || s.key == t.user, "only an admin may make a room for somebody else")
-	case roomShow, memberList:
+	case roomShow, memberList, roomKeys:
 		return inRoom(s, t, t.role.Rank() > 0)
 	case roomMessages: // what was said is for who is there: an admin who wants to read joins first, which shows
 		if t.role.Rank() == 0 {
 			return noRoom(t.room)
 		}
 		return nil
+	case roomRekey, roomGrant: // an admin who is no owner has no key to give
+		if t.role.Rank() == 0 && s.role != bus.Admin {
+			return noRoom(t.room)
+		}
+		return allow(t.role == bus.Owner, "only an owner of the room may do this")
 	case roomPatch, roomArchive, memberSet:
 		return inRoom(s, t, t.role == bus.Owner)
 	case memberRemove:

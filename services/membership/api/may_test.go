@@ -37,6 +37,9 @@ var mayTable = map[action]string{
 	roomArchive:     "y     y     f      f      n      n        f",
 	memberSet:       "y     y     f      f      n      n        f",
 	memberRemove:    "y     y     f      f      n      n        y",
+	roomKeys:        "y     y     y      y      n      n        y",
+	roomRekey:       "f     y     f      f      n      n        f",
+	roomGrant:       "f     y     f      f      n      n        f",
 	inviteRedeem:    "f     f     f      f      f      f        f", // of newcomers only, by another way in
 	"room.destroy":  "f     f     f      f      f      f        f", // what nobody has thought of
 }

@@ -14,7 +14,7 @@ import (
 
 // operations is the whole API below /v1, in the order of the documentation.
 func operations() []operation {
-	return slices.Concat(userOperations(), connectionOperations(), inviteOperations(), roomOperations(), auditOperations())
+	return slices.Concat(userOperations(), connectionOperations(), inviteOperations(), roomOperations(), keyOperations(), auditOperations())
 }
 
 // always are the errors that every operation may answer with.
@@ -85,7 +85,7 @@ func openAPI(version string) []byte {
 		},
 		"servers":  []object{{"url": "/"}},
 		"security": []object{{"signature": []string{}}},
-		"tags":     []object{{"name": "users"}, {"name": "connections"}, {"name": "invites"}, {"name": "rooms"}, {"name": "audit"}, {"name": "probes"}},
+		"tags":     []object{{"name": "users"}, {"name": "connections"}, {"name": "invites"}, {"name": "rooms"}, {"name": "keys"}, {"name": "audit"}, {"name": "probes"}},
 		"paths":    paths,
 		"components": object{
 			"schemas": c.components, "responses": responses,

@@ -113,6 +113,44 @@ func consult[In, Out any](s spec, act action, about func(a *api, c *caller, in *
 	return o
 }
 
+// consultRoom is consult about a room, in which the caller's role may change
+// meanwhile.
+func consultRoom[P interface {
+	*In
+	room() bus.RoomID
+}, In, Out any](s spec, act action, h func(a *api, ctx context.Context, c *caller, in *In) (Out, error)) operation {
+	o := newOperation[In, Out](s, http.StatusOK)
+	o.serve = func(a *api, x *exchange) error {
+		in := new(In)
+		if err := o.shape.bind(x.r, x.body, in); err != nil {
+			return err
+		}
+		room := P(in).room()
+		if err := a.authorize(x.caller, act, a.inside(x.caller, room, bus.UserKey{})); err != nil {
+			return err
+		}
+		ctx, cancel := context.WithTimeout(x.r.Context(), a.patrol)
+		defer cancel()
+		out, err := h(a, ctx, x.caller, in)
+		if err != nil {
+			return err
+		}
+		hold := a.view.Hold(x.caller.key)
+		defer hold.Release()
+		lease, _ := a.view.Lease()
+		c, err := a.current(x.caller)
+		if err == nil {
+			err = may(c.subject(), act, a.inside(c, room, bus.UserKey{}))
+		}
+		if err == nil {
+			err = a.still(lease)
+		}
+		hold.Release()
+		return x.answer(out, err)
+	}
+	return o
+}
+
 // plan is a change that a handler has understood, and that is neither
 // authorized nor made yet.
 type plan struct {

@@ -130,6 +130,9 @@ func scalarOf(t reflect.Type) (schema, bool) {
 		return enum("", string(bus.Present), string(bus.Removed)), true
 	case reflect.TypeFor[bus.InviteStatus]():
 		return enum("", string(bus.InviteOpen), string(bus.InviteUsed), string(bus.InviteWithdrawn)), true
+	case reflect.TypeFor[bus.RekeyWhy]():
+		return enum("", string(bus.RekeyFirst), string(bus.RekeyIncomplete), string(bus.RekeyDeparted), string(bus.RekeyReturned),
+			string(bus.RekeyDemoted), string(bus.RekeyNewKey)), true
 	case reflect.TypeFor[bus.AuditKind]():
 		return enum("", string(bus.AuditAttempt), string(bus.AuditOutcome), string(bus.AuditDenial), string(bus.AuditConnect)), true
 	case reflect.TypeFor[bus.Code]():
@@ -256,6 +259,9 @@ func describe(s *schema, tag reflect.StructTag) {
 	bound("maximum", &s.Maximum)
 	if n, err := strconv.Atoi(tag.Get("maxLength")); err == nil {
 		s.MaxLength = &n
+	}
+	if n, err := strconv.Atoi(tag.Get("maxItems")); err == nil {
+		s.MaxItems = &n
 	}
 	if d := tag.Get("default"); d != "" {
 		if n, err := strconv.ParseInt(d, 10, 64); err == nil {
