@@ -66,6 +66,10 @@ var controls = []control{
 	{off: guard.Replay, dir: "bus/seal", test: "TestTracker"},
 	{off: guard.CAOverlap, dir: "cli/unibusctl", test: "TestOverlap"},
 	{off: guard.CAOverlap, dir: "test", test: "TestAuthorities", live: true},
+	{off: guard.Replay, dir: "bus/client", test: "TestKeysMessages"},
+	{off: guard.RoomPin, dir: "bus/client", test: "TestKeysServerForgets"},
+	{off: guard.AdmitByOwner, dir: "bus/client", test: "TestKeysNoGhost"},
+	{off: guard.RosterSigner, dir: "bus/client", test: "TestKeysNoGhost"},
 }
 
 // TestControls takes each protection away in turn and demands that the test

@@ -482,6 +482,47 @@ func (c *Client) RemoveMember(ctx context.Context, id bus.RoomID, user string) (
 	return c.again(ctx, http.MethodDelete, path, nil)
 }
 
+// RoomKeys is a page of what the servers have of the keys of an encrypted room:
+// the epochs behind after. Nothing of it is verified; Keys does that.
+func (c *Client) RoomKeys(ctx context.Context, id bus.RoomID, after uint64) (bus.RoomKeys, error) {
+	var out struct{ Keys bus.RoomKeys }
+	path, err := roomPath(id)
+	if err == nil {
+		err = c.get(ctx, path+"/keys", url.Values{"after": {strconv.FormatUint(after, 10)}, "limit": {"32"}}, &out)
+	}
+	return out.Keys, err
+}
+
+// MemberKeys lists the active members of a room with their encryption keys, not
+// verified.
+func (c *Client) MemberKeys(ctx context.Context, id bus.RoomID) ([]bus.MemberKey, error) {
+	var out struct{ Members []bus.MemberKey }
+	path, err := roomPath(id)
+	if err == nil {
+		err = c.get(ctx, path+"/encryption-keys", nil, &out)
+	}
+	return out.Members, err
+}
+
+// NewEpoch makes the next epoch of an encrypted room; Keys.Rekey makes what it
+// takes. May be sent again: the same roster is the same epoch.
+func (c *Client) NewEpoch(ctx context.Context, id bus.RoomID, roster []byte, envelopes [][]byte) (bus.Change, error) {
+	path, err := roomPath(id)
+	if err != nil {
+		return bus.Change{}, err
+	}
+	return c.again(ctx, http.MethodPost, path+"/epochs", map[string]any{"roster": roster, "envelopes": envelopes})
+}
+
+// GrantKeys gives a member keys of epochs before they came. May be sent again.
+func (c *Client) GrantKeys(ctx context.Context, id bus.RoomID, user bus.UserKey, granted []bus.GrantedKey) (bus.Change, error) {
+	path, err := roomPath(id)
+	if err != nil {
+		return bus.Change{}, err
+	}
+	return c.again(ctx, http.MethodPut, path+"/keys/"+user.NKey(), map[string]any{"envelopes": granted})
+}
+
 // AuditQuery selects audit entries; empty fields select all. User and Actor are
 // nkeys, Actor may also be "direct".
 type AuditQuery struct {

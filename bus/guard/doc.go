@@ -44,4 +44,6 @@ const (
 	MessageSender      Name = "message-sender"       // off: the sender's signature of a message is not verified
 	Replay             Name = "replay"               // off: a message may come any number of times
 	CAOverlap          Name = "ca-overlap"           // off: certificates change without asking whether every node trusts them
+	RoomPin            Name = "room-pin"             // off: a client does not hold a room against what it remembers
+	AdmitByOwner       Name = "admit-by-owner"       // off: whom the servers name as a member gets the next key
 )
