@@ -29,9 +29,10 @@ type UserDetail struct {
 
 // RoomGrant is one active room in which a user is present.
 type RoomGrant struct {
-	Room    RoomID   `json:"room"`
-	Role    RoomRole `json:"role"`
-	Durable bool     `json:"durable"`
+	Room      RoomID   `json:"room"`
+	Role      RoomRole `json:"role"`
+	Durable   bool     `json:"durable"`
+	Encrypted bool     `json:"encrypted"`
 }
 
 // RoomInfo is one room.

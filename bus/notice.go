@@ -3,14 +3,13 @@ package bus
 // NoticeKind is the last token of the subject of a notice.
 type NoticeKind string
 
-// What services tell a user of their own access. Rekey comes with encrypted
-// rooms.
+// What services tell a user of their own access.
 const (
 	NoticeAdded          NoticeKind = "added"          // to a room
 	NoticeRemoved        NoticeKind = "removed"        // from a room
 	NoticeRole           NoticeKind = "role"           // in a room is another one
 	NoticeArchived       NoticeKind = "archived"       // the room is no more
-	NoticeRekey          NoticeKind = "rekey"          // the room has another key
+	NoticeRekey          NoticeKind = "rekey"          // to an owner: the room may need another key
 	NoticeReauthenticate NoticeKind = "reauthenticate" // a new connection may do more than the one there is
 	NoticeRevoked        NoticeKind = "revoked"        // the user is, for good; their connections are about to be closed
 )

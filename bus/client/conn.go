@@ -47,6 +47,10 @@ type DialConfig struct {
 	// is allowed shows when it is tried.
 	API *Client
 
+	// Keys are needed in encrypted rooms. As an owner who is connected this user
+	// then makes the next key of a room whenever somebody goes.
+	Keys *Keys
+
 	// Both are told one thing at a time, and may be nil. They must not call
 	// Close, which waits for them.
 	OnStatus func(Status)          // told of every change
@@ -96,6 +100,7 @@ type Conn struct {
 	done sync.WaitGroup
 
 	refresh chan struct{} // rooms are to be asked for
+	rekey   chan struct{} // a room may need another key
 	again   chan struct{} // the connection is to be authenticated anew
 	revoked chan struct{} // closed when Status is Revoked
 
@@ -143,7 +148,7 @@ func Dial(ctx context.Context, cfg DialConfig) (*Conn, error) {
 	run, stop := context.WithCancel(context.WithoutCancel(ctx)) // it outlives Dial
 	c := &Conn{
 		cfg: cfg, key: cfg.Identity.Key(), log: cfg.Log, life: run, stop: stop,
-		refresh: make(chan struct{}, 1), again: make(chan struct{}, 1), revoked: make(chan struct{}),
+		refresh: make(chan struct{}, 1), rekey: make(chan struct{}, 1), again: make(chan struct{}, 1), revoked: make(chan struct{}),
 		subs: map[*Subscription]struct{}{}, joined: map[bus.RoomID]*Room{}, moved: make(chan struct{}), tell: make(chan func(), 64), status: Disconnected,
 	}
 	first, err := c.open(ctx, "")
@@ -158,6 +163,9 @@ func Dial(ctx context.Context, cfg DialConfig) (*Conn, error) {
 	c.settled(first)
 	c.done.Go(func() { c.renewing(run) })
 	c.done.Go(func() { c.asking(run) })
+	if cfg.Keys != nil {
+		c.done.Go(func() { c.keeping(run) })
+	}
 	poke(c.refresh)
 	return c, nil
 }
@@ -297,6 +305,8 @@ func (c *Conn) noticed(m *nats.Msg) {
 		c.doomed = true
 	case bus.NoticeSubject(c.key, bus.NoticeAdded), bus.NoticeSubject(c.key, bus.NoticeRole), bus.NoticeSubject(c.key, bus.NoticeReauthenticate):
 		poke(c.again)
+	case bus.NoticeSubject(c.key, bus.NoticeRekey):
+		poke(c.rekey)
 	default:
 		poke(c.refresh)
 	}
@@ -564,6 +574,9 @@ func (c *Conn) asking(ctx context.Context) {
 		c.mu.Lock()
 		changed := !slices.Equal(c.rooms, me.Rooms)
 		c.roomsAt = asked
+		if changed {
+			poke(c.rekey)
+		}
 		if c.rooms = me.Rooms; changed && c.cfg.OnRooms != nil {
 			rooms := slices.Clone(me.Rooms)
 			c.say(func() { c.cfg.OnRooms(rooms) })

@@ -251,6 +251,16 @@ func (k *Keys) Confirm(name string, user bus.UserKey, admin bool) error {
 	})
 }
 
+// TrustAdmin pins an admin whose appointments of owners are to be accepted.
+func (k *Keys) TrustAdmin(admin bus.UserKey) error {
+	return k.cfg.Trust.Update(func(t *Trust) error {
+		if _, known := t.Admins[admin]; !known {
+			t.Admins[admin] = TrustedAdmin{Seen: k.cfg.Now().UTC().Truncate(time.Second)}
+		}
+		return nil
+	})
+}
+
 // ConfirmRoom records that the room's number was compared and is the same.
 func (k *Keys) ConfirmRoom(s RoomStanding) error {
 	now := k.cfg.Now().UTC().Truncate(time.Second)

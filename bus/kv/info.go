@@ -38,7 +38,7 @@ func (v *View) UserDetail(k bus.UserKey) (bus.UserDetail, error) {
 func (a *Access) roomGrants() []bus.RoomGrant {
 	out := make([]bus.RoomGrant, len(a.Rooms))
 	for i, g := range a.Rooms {
-		out[i] = bus.RoomGrant{Room: g.Room, Role: g.Role, Durable: g.Durable}
+		out[i] = bus.RoomGrant{Room: g.Room, Role: g.Role, Durable: g.Durable, Encrypted: g.Encrypted}
 	}
 	return out
 }

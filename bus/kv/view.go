@@ -218,9 +218,10 @@ type Access struct {
 
 // Grant is one room of an Access.
 type Grant struct {
-	Room    bus.RoomID
-	Role    bus.RoomRole
-	Durable bool
+	Room      bus.RoomID
+	Role      bus.RoomRole
+	Durable   bool
+	Encrypted bool
 }
 
 // Access returns what the View holds about a user. A nil Access with a nil
@@ -256,7 +257,7 @@ func (v *View) grants(k bus.UserKey) []Grant {
 		if !ok || r.room.Status != bus.RoomActive || m.m.Status != bus.Present {
 			continue
 		}
-		grants = append(grants, Grant{Room: id, Role: m.m.Role, Durable: r.room.Durable})
+		grants = append(grants, Grant{Room: id, Role: m.m.Role, Durable: r.room.Durable, Encrypted: r.room.Encrypted})
 	}
 	slices.SortFunc(grants, func(a, b Grant) int { return cmp.Compare(a.Room, b.Room) })
 	return grants

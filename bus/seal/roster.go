@@ -274,8 +274,9 @@ func (r *Roster) Follows(before *Roster, room bus.RoomID, creator bus.UserKey, a
 
 // Difference is how one roster differs from another, for people.
 type Difference struct {
-	User     bus.UserKey
-	Was, Now bus.RoomRole // empty: not in it
+	User bus.UserKey  `json:"sign_pub"`
+	Was  bus.RoomRole `json:"was"` // empty: not in it
+	Now  bus.RoomRole `json:"now"`
 }
 
 // Differences lists who came, went or changed from before to r; before may be

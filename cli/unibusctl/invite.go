@@ -123,6 +123,9 @@ func invitedRoom(s string) (bus.InvitedRoom, error) {
 // that is not what join finds out by itself.
 func (a *app) joinLine(token, pin string) string {
 	line := fmt.Sprintf("%s join %s %s --ca-pin %s", programName, a.set.apiURL, token, pin)
+	if id, err := readSigner(a.set.identity); err == nil && !a.set.direct { // the one way to the newcomer that no server can change
+		line += " --admin " + id.Key().NKey()
+	}
 	if a.set.natsURL != natsOf(a.set.apiURL) && !a.defaulted("nats-url") {
 		line += " --nats-url " + withoutUserinfo(a.set.natsURL)
 	}

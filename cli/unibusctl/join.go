@@ -23,7 +23,9 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"unibus.internal/bus"
+	"unibus.internal/bus/client"
 	"unibus.internal/bus/kv"
+	"unibus.internal/bus/sig"
 )
 
 func (a *app) joinCommand() *cli.Command {
@@ -41,6 +43,7 @@ func (a *app) joinCommand() *cli.Command {
 			&cli.StringFlag{Name: "handle", Usage: "your `NAME`, if the invite leaves it to you"},
 			&cli.StringFlag{Name: "out", TakesFile: true, Usage: "`FILE` of your key; default: that of --identity, else HANDLE.nk"},
 			&cli.StringFlag{Name: "ca-pin", Usage: "SHA-256 of the CA's certificate, in `HEX`, in place of --ca"},
+			&cli.StringFlag{Name: "admin", Usage: "`KEY` of the admin who invites you: trusted to name owners of encrypted rooms that have lost theirs"},
 			&cli.StringFlag{Name: "name", Usage: "`NAME` of the nats context; default unibus-<handle>"},
 			&cli.BoolFlag{Name: "select", Usage: "make it the context that nats uses by default"},
 			dryRunFlag(),
@@ -55,6 +58,7 @@ type joining struct {
 	handle      bus.Handle
 	seed, ca    string // files
 	pin         string // hex, or empty: the CA file is there
+	admin       bus.UserKey
 	context     string // name, or empty
 	selected    bool
 }
@@ -104,6 +108,11 @@ func (a *app) joining(c *cli.Context) (*joining, error) {
 	}
 	if h := c.String("handle"); h != "" {
 		if j.handle, err = bus.ParseHandle(h); err != nil {
+			return nil, err
+		}
+	}
+	if k := c.String("admin"); k != "" {
+		if j.admin, err = bus.ParseUserKey(k); err != nil {
 			return nil, err
 		}
 	}
@@ -291,6 +300,9 @@ func (a *app) redeem(ctx context.Context, j *joining) error {
 	if err != nil {
 		return err
 	}
+	if err := a.joinKeys(ctx, api, id, j); err != nil {
+		return err
+	}
 	a.set.ca = j.ca
 	name, file, err := a.makeContext(string(me.Handle), j.seed, bus.InboxPrefix(id.Key()), j.context, j.selected)
 	if err != nil {
@@ -307,6 +319,23 @@ func (a *app) redeem(ctx context.Context, j *joining) error {
 	server := nc.ConnectedServerName()
 	nc.Close()
 	return a.printJoined(joined{change, me, j.seed, j.ca, name, file, server})
+}
+
+// joinKeys publishes the newcomer's encryption key, so that owners can let them
+// into encrypted rooms, and pins the admin of whom the invite spoke: later, only
+// the servers could say who is one.
+func (a *app) joinKeys(ctx context.Context, api *client.Client, id *sig.Identity, j *joining) error {
+	k, err := a.keysOf(api, id, j.seed)
+	if err != nil {
+		return err
+	}
+	if j.admin != (bus.UserKey{}) {
+		if err := k.TrustAdmin(j.admin); err != nil {
+			return err
+		}
+	}
+	_, err = k.Announce(ctx)
+	return err
 }
 
 func (a *app) printJoined(r joined) error {

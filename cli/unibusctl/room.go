@@ -83,7 +83,7 @@ func (a *app) roomCommand() *cli.Command {
 				Flags:       []cli.Flag{&cli.BoolFlag{Name: "all", Usage: "also those who left or were removed"}},
 				Action:      a.roomMembers,
 			},
-		}, a.talkCommands()...),
+		}, append(a.talkCommands(), a.keyCommands()...)...),
 	}
 }
 
@@ -106,7 +106,16 @@ func (a *app) roomCreate(c *cli.Context) error {
 	} else if a.set.identity == "" {
 		return &usageError{msg: "a room needs an owner: set --owner USER, or --identity FILE"}
 	}
-	return a.changing(c.Context, func(ctx context.Context, b backend) (bus.Change, error) { return b.CreateRoom(ctx, r) })
+	return a.changing(c.Context, func(ctx context.Context, b backend) (bus.Change, error) {
+		change, err := b.CreateRoom(ctx, r)
+		if err == nil && r.Encrypted && r.Owner == "" {
+			err = a.encryptedNext(ctx, b, id, func(ctx context.Context, k *client.Keys) error {
+				_, err := k.Rekey(ctx, id, client.RekeyOptions{})
+				return err
+			})
+		}
+		return change, err
+	})
 }
 
 // retention reads the flags that say what a room keeps into what it keeps so far.
@@ -338,13 +347,27 @@ func (a *app) roomAdd(c *cli.Context) error {
 		return err
 	}
 	return a.membership(c, func(ctx context.Context, b backend, id bus.RoomID, user string) (bus.Change, error) {
-		return b.SetMember(ctx, id, user, role)
+		change, err := b.SetMember(ctx, id, user, role)
+		if err == nil {
+			err = a.encryptedNext(ctx, b, id, func(ctx context.Context, k *client.Keys) error {
+				key, err := k.Resolve(ctx, user)
+				if err == nil {
+					_, err = k.Rekey(ctx, id, client.RekeyOptions{Admit: []client.Admission{{User: key, Role: role}}})
+				}
+				return err
+			})
+		}
+		return change, err
 	})
 }
 
 func (a *app) roomRemove(c *cli.Context) error {
 	return a.membership(c, func(ctx context.Context, b backend, id bus.RoomID, user string) (bus.Change, error) {
-		return b.RemoveMember(ctx, id, user)
+		change, err := b.RemoveMember(ctx, id, user)
+		if err == nil {
+			err = a.encryptedNext(ctx, b, id, func(ctx context.Context, k *client.Keys) error { return k.Duty(ctx, id) })
+		}
+		return change, err
 	})
 }
 

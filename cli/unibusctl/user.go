@@ -100,6 +100,7 @@ func (a *app) userCommand() *cli.Command {
 				},
 				Action: a.userRotate,
 			},
+			a.userVerifyCommand(),
 			a.userContextCommand(),
 			a.inviteCreateCommand("invite", "the same as unibusctl invite create"),
 		},

@@ -97,6 +97,7 @@ type enforcedView interface {
 	Complete() bool
 	Holders() []kv.Holder
 	Room(id bus.RoomID) (bus.Room, uint64, bool)
+	Departure(c kv.Change, now time.Time) map[bus.RoomID][]bus.UserKey
 }
 
 // NewEnforcer prepares an Enforcer. Changed is to be the View's OnChange; Watch
@@ -267,6 +268,7 @@ func (e *Enforcer) Changed(c kv.Change, done func(kv.Enforced)) {
 	if e.mayNarrow(c) { // what opens beside it is looked at until nothing can open on the old state
 		e.sweepOn()
 	}
+	e.tellOwners(c)
 	if !e.whole() {
 		e.deferChange(done)
 		return

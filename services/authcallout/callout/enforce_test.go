@@ -133,6 +133,7 @@ type ruling struct {
 	narrowed       bool
 	lease, partial bool
 	holders        []kv.Holder
+	owners         map[bus.RoomID][]bus.UserKey // who is told of a departure
 }
 
 func (r *ruling) Access(k bus.UserKey) (*kv.Access, error) {
@@ -146,6 +147,8 @@ func (r *ruling) Lease() (time.Time, bool)                  { return time.Time{}
 func (r *ruling) Complete() bool                            { return !r.partial }
 func (r *ruling) Holders() []kv.Holder                      { return r.holders }
 func (r *ruling) Room(bus.RoomID) (bus.Room, uint64, bool)  { return bus.Room{}, 0, false }
+
+func (r *ruling) Departure(kv.Change, time.Time) map[bus.RoomID][]bus.UserKey { return r.owners }
 
 // warden is an Enforcer on a ruling, with one user who is in room ops, and what
 // it has asked of servers.

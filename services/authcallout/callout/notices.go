@@ -124,6 +124,25 @@ func (e *Enforcer) narrow(u *session, before, a *kv.Access) (first bool) {
 	return false
 }
 
+// tellOwners tells the owners of encrypted rooms that they may owe them another
+// key. One instance does so, as far as they agree on which.
+func (e *Enforcer) tellOwners(c kv.Change) {
+	first := ""
+	for _, h := range e.view.Holders() {
+		if h.Service == "authcallout" && (first == "" || h.Node < first) {
+			first = h.Node
+		}
+	}
+	if first != e.cfg.Node {
+		return
+	}
+	for room, owners := range e.view.Departure(c, e.cfg.Now()) {
+		for _, k := range owners {
+			e.notify(k, []notice{{bus.NoticeRekey, bus.Notice{V: 1, Room: room}}})
+		}
+	}
+}
+
 func (e *Enforcer) archived(id bus.RoomID) bool {
 	r, _, ok := e.view.Room(id)
 	return ok && r.Status == bus.RoomArchived

@@ -186,3 +186,29 @@ func TestTheRevokedAreTold(t *testing.T) {
 		}
 	})
 }
+
+// The owners of an encrypted room are told when somebody may have gone, whether
+// or not who went is connected: by one instance, of those that hold a lease.
+func TestOwnersAreTold(t *testing.T) {
+	w := newWarden(t)
+	w.owners = map[bus.RoomID][]bus.UserKey{"vault": {w.user}}
+	holder := func(node string) kv.Holder { return kv.Holder{Service: "authcallout", Node: node} }
+	for _, c := range []struct {
+		holders []kv.Holder
+		want    int
+	}{
+		{nil, 0},
+		{[]kv.Holder{holder("n1"), holder("n2")}, 1},
+		{[]kv.Holder{holder("n0"), holder("n1")}, 0},
+		{[]kv.Holder{{Service: "membership", Node: "n0"}, holder("n1")}, 1},
+	} {
+		w.holders, w.notices = c.holders, nil
+		w.Changed(w.ofUser("vault"), func(kv.Enforced) {})
+		if len(w.notices) != c.want {
+			t.Errorf("with %v: told %q", c.holders, w.notices)
+		}
+		if c.want == 1 && w.notices[0] != `rekey {"v":1,"room":"vault","durable":false}` {
+			t.Errorf("told %q", w.notices)
+		}
+	}
+}
