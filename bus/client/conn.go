@@ -605,6 +605,9 @@ func (c *Conn) Publish(ctx context.Context, room bus.RoomID, topic string, data 
 	if err != nil {
 		return err
 	}
+	if slices.ContainsFunc(c.Rooms(), func(g bus.RoomGrant) bool { return g.Room == room && g.Encrypted }) {
+		return bus.E(bus.Invalid, "room %s is encrypted: publish by Conn.Room", room)
+	}
 	m := nats.NewMsg(bus.RoomSubject(room, c.key, topic))
 	m.Data = data
 	m.Header.Set(messageID, nuid.Next())

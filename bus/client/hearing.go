@@ -27,6 +27,8 @@ const (
 	// else makes it ask.
 	lookEvery    = time.Minute
 	fetchTimeout = 10 * time.Second
+	// openPatience is how long a message of a durable room waits for its key.
+	openPatience = 30 * time.Second
 	// disbelief is how often no node may know of a message before a tip about it
 	// is taken for false.
 	disbelief = 10
@@ -90,6 +92,7 @@ type Hearing struct {
 	hear    Hear
 	handler func(Message)
 	sub     *Subscription
+	ears    *listener // of an encrypted room
 
 	stop context.CancelFunc
 	done chan struct{}
@@ -120,6 +123,10 @@ func (r *Room) Subscribe(ctx context.Context, hear Hear, handler func(Message)) 
 	}
 	run, stop := context.WithCancel(r.conn.life) // it outlives the call
 	h := &Hearing{room: r, hear: hear, handler: handler, stop: stop, done: make(chan struct{}), feed: make(chan Message, aheadMessages), tips: make(chan uint64, 1)}
+	if r.encrypted {
+		h.ears = r.keys.listen(!r.durable)
+		h.ears.partial = hear.Topic != "" && hear.Topic != ">"
+	}
 	var err error
 	if !r.durable {
 		if hear.From.kind != fromNow {
@@ -430,12 +437,16 @@ func (a *assembly) lost(first, last uint64) {
 
 // hand opens a message and calls the handler, if it is asked for.
 func (h *Hearing) hand(ctx context.Context, m Message) {
-	if ctx.Err() != nil || !TopicMatches(h.hear.Topic, m.Topic) {
+	if ctx.Err() != nil {
+		return
+	}
+	asked := TopicMatches(h.hear.Topic, m.Topic)
+	if !asked && (h.ears == nil || h.ears.partial) {
 		return
 	}
 	r := h.room
-	if r.encrypted {
-		data, err := r.keys.open(ctx, r.id, m.Sender, m.Topic, m.Data)
+	if h.ears != nil { // also what is not asked for: what is missing, all of them together show
+		data, err := h.opened(ctx, m)
 		if err != nil {
 			r.conn.log.Warn("a message cannot be opened", "room", r.id, "sender", m.Sender, "seq", m.Seq, "err", err)
 			h.mu.Lock()
@@ -445,10 +456,29 @@ func (h *Hearing) hand(ctx context.Context, m Message) {
 		}
 		m.Data = data
 	}
+	if !asked {
+		return
+	}
 	h.mu.Lock()
 	h.heard.Heard++
 	h.mu.Unlock()
 	h.handler(m)
+}
+
+// opened decrypts a message. While no node tells what there is to know about its
+// key, what a durable room has waits.
+func (h *Hearing) opened(ctx context.Context, m Message) ([]byte, error) {
+	for n, end := 0, time.Now().Add(openPatience); ; n++ {
+		data, err := h.ears.open(ctx, m.Sender, m.Topic, m.Data)
+		if bus.CodeOf(err) != bus.Unavailable || !h.room.durable || time.Now().After(end) {
+			return data, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, err
+		case <-time.After(delay(min(n, 4))):
+		}
+	}
 }
 
 // parseFilter checks what selects topics.

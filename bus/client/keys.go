@@ -23,8 +23,10 @@ const (
 	// newer epoch; keysStale, how long if nobody answers.
 	keysFresh = 30 * time.Second
 	keysStale = 5 * time.Minute
-	// askAgain spaces the questions that messages under unknown epochs cause: who
-	// sends such messages must not make every member ask for each.
+	// Messages under unknown epochs make a client ask: so many times at once, and
+	// then once in so long. Who sends such messages must not make every member ask
+	// for each.
+	askBurst = 8
 	askAgain = time.Second
 	// oldEpochGrace is for messages that were under way when an epoch ended.
 	oldEpochGrace = time.Minute
@@ -328,8 +330,9 @@ type roomKeys struct {
 	secrets map[uint64]seal.Key // by epoch, those we were given
 	answer  bus.RoomKeys        // the servers' newest word, without epochs
 	checked time.Time           // when it was last brought up to date
-	asked   time.Time           // when that was last tried
-	moved   time.Time           // when the newest epoch was first seen
+	asks    float64             // how often it may be asked now
+	askedAt time.Time
+	moved   time.Time // when the newest epoch was first seen
 	sender  *seal.Sender
 }
 
@@ -381,7 +384,6 @@ func (r *roomKeys) refresh(ctx context.Context) error {
 // tried.
 func (r *roomKeys) refreshAfter(ctx context.Context, after uint64) (err error) {
 	now := r.keys.cfg.Now()
-	r.asked = now
 	chain, envelopes := slices.Clone(r.chain), map[uint64][]byte{}
 	var answer bus.RoomKeys
 	for {
@@ -517,7 +519,7 @@ func (r *roomKeys) current(ctx context.Context) (seal.Epoch, error) {
 		return seal.Epoch{}, bus.E(bus.Conflict, "room %s has no key yet: who made it makes one", r.id).WithHint("unibusctl room rekey %s", r.id)
 	}
 	key, ok := r.secrets[n.Epoch]
-	if !ok && now.Sub(r.asked) > askAgain {
+	if !ok && r.mayAsk() {
 		if err := r.refresh(ctx); err != nil {
 			return seal.Epoch{}, err
 		}
@@ -559,16 +561,31 @@ func (r *roomKeys) seal(ctx context.Context, topic string, payload []byte) ([]by
 // epoch is what a message says to be under. Our key may have come after it.
 func (r *roomKeys) epoch(ctx context.Context, epoch uint64) (seal.Epoch, error) {
 	key, ok := r.secrets[epoch]
-	if now := r.keys.cfg.Now(); !ok && epoch >= 1 && now.Sub(r.asked) > askAgain {
+	if !ok && epoch >= 1 && r.mayAsk() {
 		if err := r.refreshAfter(ctx, min(uint64(len(r.chain)), epoch-1)); err != nil {
 			return seal.Epoch{}, err
 		}
 		key, ok = r.secrets[epoch]
 	}
 	if !ok {
-		return seal.Epoch{}, bus.E(bus.Unavailable, "a message of room %s is under epoch %d, of which we have no key", r.id, epoch)
+		return seal.Epoch{}, bus.E(bus.Forbidden, "a message of room %s is under epoch %d, of which we have no key", r.id, epoch)
 	}
 	return seal.Epoch{Roster: r.chain[epoch-1], Key: key}, nil
+}
+
+// mayAsk bounds the questions that others can cause.
+func (r *roomKeys) mayAsk() bool {
+	now := r.keys.cfg.Now()
+	if r.askedAt.IsZero() {
+		r.asks = askBurst
+	}
+	r.asks = min(askBurst, r.asks+float64(now.Sub(r.askedAt))/float64(askAgain))
+	r.askedAt = now
+	if r.asks < 1 {
+		return false
+	}
+	r.asks--
+	return true
 }
 
 // listener opens what one subscription hears, or one reading of what is stored.
@@ -576,6 +593,7 @@ type listener struct {
 	keys    *roomKeys
 	tracker *seal.Tracker
 	live    bool // the room stores nothing: what comes was sent just now
+	partial bool // it is given some messages only, so nothing is missing
 }
 
 func (r *roomKeys) listen(live bool) *listener {
@@ -595,11 +613,13 @@ func (l *listener) open(ctx context.Context, sender bus.UserKey, topic string, r
 	}
 	k := l.keys.keys
 	if err != nil {
-		k.alert(l.keys.id, sender, err)
+		if bus.CodeOf(err) != bus.Unavailable { // else it is not known yet whether there is anything to say
+			k.alert(l.keys.id, sender, err)
+		}
 		return nil, err
 	}
 	switch {
-	case order.Missing > 0:
+	case order.Missing > 0 && !l.partial:
 		k.alert(l.keys.id, sender, bus.E(bus.Unavailable, "%d messages of %s have not come", order.Missing, sender))
 	case order.Late:
 		k.alert(l.keys.id, sender, bus.E(bus.Conflict, "message %d of %s has come after a later one", m.Counter, sender))

@@ -279,7 +279,7 @@ func TestKeys(t *testing.T) {
 		_, err := dave.keys.of("ops").listen(false).open(t.Context(), alice.Key(), "disk", raw)
 		return err
 	}
-	refused(t, read(), bus.Unavailable, "no key")
+	refused(t, read(), bus.Forbidden, "no key")
 	if _, err := dave.keys.Grant(t.Context(), "ops", bob.Key(), 1); bus.CodeOf(err) != bus.Forbidden {
 		t.Fatalf("a reader grants: %v", err)
 	}
@@ -317,7 +317,7 @@ func TestKeys(t *testing.T) {
 		}
 	})
 	bob.later(2 * keysFresh)
-	if _, err := listen.open(t.Context(), alice.Key(), "disk", raw); bus.CodeOf(err) != bus.Unavailable {
+	if _, err := listen.open(t.Context(), alice.Key(), "disk", raw); bus.CodeOf(err) != bus.Forbidden {
 		t.Fatalf("bob reads on: %v", err)
 	}
 	if _, err := bob.seal(t, "still there"); bus.CodeOf(err) != bus.Forbidden {

@@ -39,7 +39,7 @@ type Room struct {
 	id        bus.RoomID
 	durable   bool
 	encrypted bool
-	keys      sealer // of an encrypted room
+	keys      *roomKeys // of an encrypted room
 
 	session string
 	window  chan struct{}
@@ -49,12 +49,6 @@ type Room struct {
 	undone  map[uint64]struct{} // sent, and neither stored nor given up
 	asked   map[string]chan Message
 	hearing *Hearing // of the answers; nil: nobody has asked yet
-}
-
-// sealer is what an encrypted room does with the payload of each message.
-type sealer interface {
-	seal(ctx context.Context, room bus.RoomID, topic string, payload []byte) ([]byte, error)
-	open(ctx context.Context, room bus.RoomID, sender bus.UserKey, topic string, payload []byte) ([]byte, error)
 }
 
 // Room is a room of the user, durable or not. It asks the API what kind of room
@@ -83,9 +77,10 @@ func (c *Conn) Room(ctx context.Context, id bus.RoomID) (*Room, error) {
 		undone: map[uint64]struct{}{}, asked: map[string]chan Message{},
 	}
 	if info.Encrypted {
-		if r.keys, err = c.keysOf(ctx, info); err != nil {
-			return nil, err
+		if c.cfg.Keys == nil {
+			return nil, bus.E(bus.Invalid, "room %s is encrypted, and this client holds no keys: see DialConfig.Keys", id)
 		}
+		r.keys = c.cfg.Keys.of(id)
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -94,11 +89,6 @@ func (c *Conn) Room(ctx context.Context, id bus.RoomID) (*Room, error) {
 	}
 	c.joined[id] = r
 	return r, nil
-}
-
-// keysOf is how the messages of an encrypted room are sealed and opened.
-func (c *Conn) keysOf(_ context.Context, info bus.RoomDetail) (sealer, error) {
-	return nil, bus.E(bus.Invalid, "room %s is encrypted, and this client holds no keys", info.Room)
 }
 
 // ID names the room.
@@ -233,7 +223,7 @@ func (r *Room) message(ctx context.Context, o Outgoing) (*nats.Msg, error) {
 	m.Header.Set(bus.MessageIDHeader, o.ID)
 	m.Data = o.Data
 	if r.encrypted {
-		m.Data, err = r.keys.seal(ctx, r.id, topic, o.Data)
+		m.Data, err = r.keys.seal(ctx, topic, o.Data)
 	}
 	return m, err
 }
@@ -474,10 +464,14 @@ func (r *Room) History(ctx context.Context, q MessageQuery) ([]Message, error) {
 		return nil, err
 	}
 	out := make([]Message, 0, len(stored))
+	var ears *listener
+	if r.encrypted {
+		ears = r.keys.listen(false)
+	}
 	for _, s := range stored {
 		m := messageOf(r.id, s)
 		if r.encrypted {
-			if m.Data, err = r.keys.open(ctx, r.id, m.Sender, m.Topic, m.Data); err != nil {
+			if m.Data, err = ears.open(ctx, m.Sender, m.Topic, m.Data); err != nil {
 				continue
 			}
 		}

@@ -79,7 +79,12 @@ func (a *app) dial(ctx context.Context, urls, name string, onStatus func(client.
 	}
 	ctx, cancel := a.within(ctx, 15*time.Second)
 	defer cancel()
+	keys, err := a.keysOf(b.Client, id, a.set.identity)
+	if err != nil {
+		return nil, nil, err
+	}
 	conn, err := client.Dial(ctx, client.DialConfig{
+		Keys: keys,
 		URLs: strings.Split(urls, ","), CAFile: a.set.ca, Identity: id, Name: name, API: b.Client, OnStatus: onStatus,
 	})
 	if err != nil {
