@@ -41,14 +41,15 @@ func alertFaults() []alertFault {
 			[]string{"UnibusChangeUnproven"},
 			serverHangs,
 		},
-		{"two servers are dead", []string{"UnibusQuorumLost", "UnibusNoNodeReady"}, nil, quorumLost},
+		{"two servers are dead", []string{"UnibusQuorumLost", "UnibusNoNodeReady"}, []string{"UnibusMessagesNotStored"}, quorumLost},
+		{"a room whose stream cannot be made", []string{"UnibusRoomNotRecorded"}, nil, streamRefused},
 		{"a bucket with one replica", []string{"UnibusUnderReplicated"}, nil, oneReplica},
 		{"a certificate with five days left", []string{"UnibusCertificateExpiring", "UnibusCertificateExpiresSoon"}, nil, certificateEnds},
 		{"a record that is no record", nil, []string{"UnibusBrokenRecords"}, brokenRecord},
 		{"a request sent nine times", nil, []string{"UnibusReplayedRequests"}, replayed},
 		{"strangers without a quorum", nil, []string{"UnibusConnectsUnanswered"}, unprovable},
 		{"an audit that cannot be written", nil, []string{"UnibusAuditIncomplete"}, auditRefused},
-		{"a change that no callout saw", nil, []string{"UnibusSweepFindings"}, unseenChange},
+		{"events that do not arrive", nil, []string{"UnibusSweepFindings"}, eventsLost},
 		{"a client that does not read", nil, []string{"UnibusSlowConsumers"}, slowConsumer},
 		{"a store that is too small", []string{"UnibusStorageNearLimit"}, nil, smallStore},
 		{"a node is no longer scraped", []string{"UnibusTargetMissing"}, nil, targetGone},
@@ -115,7 +116,14 @@ func serverDead(_ *testing.T, m *monitored, _ *prometheus) func() {
 func serverHangs(t *testing.T, m *monitored, _ *prometheus) func() {
 	there := m.newcomer("there")
 	m.waitAdmits(there, 3)
+	known := m.metric("unibus_enforce_connections")
 	c := m.connectRaw(3, there)
+	cluster.WaitFor(t, 10*time.Second, "all callouts to have heard of the connection", func() error {
+		if now := m.metric("unibus_enforce_connections"); now < known+3 {
+			return fmt.Errorf("%v, and %v before", now, known)
+		}
+		return nil
+	})
 	m.Pause(3, cluster.NATS)
 	resp := m.api(1, m.admin).do(t, "POST", "/v1/users/there/revoke", nil)
 	if resp.status != http.StatusAccepted {
@@ -133,14 +141,38 @@ func serverHangs(t *testing.T, m *monitored, _ *prometheus) func() {
 	}
 }
 
-func quorumLost(_ *testing.T, m *monitored, _ *prometheus) func() {
+func quorumLost(t *testing.T, m *monitored, _ *prometheus) func() {
+	m.api(1, m.admin).want(t, http.StatusCreated, "POST", "/v1/rooms", dict{"room": "kept", "durable": true})
+	cluster.WaitFor(t, 30*time.Second, "all nodes to record the room", func() error {
+		if n := m.metricOf(cluster.Membership, "unibus_recorder_rooms"); n != 3 {
+			return fmt.Errorf("%v do", n)
+		}
+		return nil
+	})
+	nc, err := m.Dial(1, append(m.admin.options(m.CA()), nats.NoReconnect())...)
+	if err != nil {
+		t.Fatal(err)
+	}
 	m.Kill(2, cluster.NATS)
 	m.Kill(3, cluster.NATS)
+	for range 20 {
+		if err := nc.Publish("room.kept."+m.admin.key.NKey()+".x", []byte("lost")); err != nil {
+			t.Fatal(err)
+		}
+	}
 	return func() {
 		m.StartNode(2, cluster.NATS)
 		m.StartNode(3, cluster.NATS)
 		m.WaitHealthy(time.Minute)
 	}
+}
+
+// streamRefused takes away the recorder's right to look at streams, on one server:
+// the others record a new room, and that node does not.
+func streamRefused(t *testing.T, m *monitored, _ *prometheus) func() {
+	back := m.accounts(t, []int{3}, `"$JS.API.STREAM.INFO.*", `)
+	m.api(1, m.admin).want(t, http.StatusCreated, "POST", "/v1/rooms", dict{"room": "unseen", "durable": true})
+	return back
 }
 
 func oneReplica(t *testing.T, m *monitored, _ *prometheus) func() {
@@ -236,27 +268,43 @@ func unprovable(t *testing.T, m *monitored, _ *prometheus) func() {
 	}
 }
 
+// accounts changes accounts.conf of some nodes and has their servers load it.
+func (m *monitored) accounts(t *testing.T, nodes []int, gone string) (back func()) {
+	t.Helper()
+	good := map[int][]byte{}
+	load := func(i int, text []byte) {
+		t.Helper()
+		if err := cluster.WriteFile(filepath.Join(m.Etc(i), "nats", "conf.d", "accounts.conf"), text, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		m.Reload(i, cluster.NATS)
+		m.WaitHealthy(time.Minute)
+	}
+	for _, i := range nodes {
+		text, err := os.ReadFile(filepath.Join(m.Etc(i), "nats", "conf.d", "accounts.conf"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		good[i] = text
+		bad := bytes.ReplaceAll(text, []byte(gone), nil)
+		if bytes.Equal(text, bad) {
+			t.Fatalf("accounts.conf has no %s", gone)
+		}
+		load(i, bad)
+	}
+	return func() {
+		for i, text := range good {
+			load(i, text)
+		}
+	}
+}
+
 // auditRefused takes away membership's right to write the audit, on one server:
 // it must refuse what gives access, and do what takes it away.
 func auditRefused(t *testing.T, m *monitored, _ *prometheus) func() {
 	leaves := m.newcomer("leaves")
 	m.waitAdmits(leaves, 1)
-	file := filepath.Join(m.Etc(1), "nats", "conf.d", "accounts.conf")
-	good, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	bad := bytes.ReplaceAll(good, []byte(`"unibus.audit.membership-n1"`), nil)
-	if bytes.Equal(good, bad) {
-		t.Fatal("accounts.conf names no right to write the audit")
-	}
-	load := func(text []byte) {
-		if err := cluster.WriteFile(file, text, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		m.Reload(1, cluster.NATS)
-	}
-	load(bad)
+	back := m.accounts(t, []int{1}, `"unibus.audit.membership-n1"`)
 	cluster.WaitFor(t, 30*time.Second, "n1 to refuse what it cannot record", func() error {
 		if resp := m.api(1, m.admin).do(t, "POST", "/v1/users/leaves/suspend", nil); resp.status >= 300 {
 			return fmt.Errorf("not suspended: %s", resp)
@@ -266,41 +314,40 @@ func auditRefused(t *testing.T, m *monitored, _ *prometheus) func() {
 		}
 		return nil
 	})
-	return func() {
-		load(good)
-		m.WaitHealthy(time.Minute)
-	}
+	return back
 }
 
-// unseenChange suspends somebody behind the back of all callouts: the only case
-// in which a sweep, and nothing before it, finds a connection.
-func unseenChange(t *testing.T, m *monitored, _ *prometheus) func() {
-	stays := m.newcomer("stays")
-	m.waitAdmits(stays, 1)
-	c := m.connectRaw(1, stays)
-	hold(t.Context(), 5*time.Second) // what is younger may just have been missed, and is no finding
-	for _, i := range m.Nodes() {
-		m.Kill(i, cluster.Authcallout)
+// eventsLost keeps the servers' reports of connects from the callouts: only their
+// sweeps see then who is there. Nobody sweeps for whoever suspends this user.
+func eventsLost(t *testing.T, m *monitored, _ *prometheus) func() {
+	back := m.accounts(t, m.Nodes(), `{ stream: { account: SYS, subject: "$SYS.ACCOUNT.BUS.*" } }`)
+	for n := range 3 { // the sweep of every half minute may have come between
+		stays := m.newcomer(fmt.Sprintf("stays%d", n))
+		m.waitAdmits(stays, 1)
+		hold(t.Context(), 6*time.Second) // sweeps follow one another after a change
+		c := m.connectRaw(1, stays)
+		hold(t.Context(), 4*time.Second)
+		u, _, ok := m.view.User(stays.key)
+		if !ok {
+			t.Fatal("no record")
+		}
+		u.Status = bus.Suspended
+		value, err := json.Marshal(u)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m.plant(t, stays.key, value)
+		cluster.WaitFor(t, 10*time.Second, "a sweep to close the connection", func() error {
+			if c.Flush() == nil {
+				return errors.New("it is open")
+			}
+			return nil
+		})
+		if m.metric("unibus_enforce_sweep_findings_total") > 0 {
+			break
+		}
 	}
-	u, _, ok := m.view.User(stays.key)
-	if !ok {
-		t.Fatal("no record")
-	}
-	u.Status = bus.Suspended
-	value, err := json.Marshal(u)
-	if err != nil {
-		t.Fatal(err)
-	}
-	m.plant(t, stays.key, value)
-	if err := c.Flush(); err != nil {
-		t.Fatalf("closed without a callout: %v", err)
-	}
-	for _, i := range m.Nodes() {
-		m.StartNode(i, cluster.Authcallout)
-	}
-	m.WaitHealthy(time.Minute)
-	wantClosed(t, c)
-	return nil
+	return back
 }
 
 func slowConsumer(t *testing.T, m *monitored, _ *prometheus) func() {

@@ -11,6 +11,7 @@ import (
 	"maps"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -131,6 +132,37 @@ func monitoringFiles(t testing.TB) map[string]string {
 	return out
 }
 
+// dashboardExpressions are what the panels of all dashboards ask, by where they stand.
+func dashboardExpressions(t testing.TB) map[string]string {
+	t.Helper()
+	out := map[string]string{}
+	for file, text := range monitoringFiles(t) {
+		if !strings.HasSuffix(file, ".json") {
+			continue
+		}
+		var board dashboard
+		if err := json.Unmarshal([]byte(text), &board); err != nil {
+			t.Fatalf("%s: %v", file, err)
+		}
+		for _, p := range board.Panels {
+			for n, target := range p.Targets {
+				out[fmt.Sprintf("%s: %s, %d", file, p.Title, n+1)] = target.Expr
+			}
+		}
+	}
+	return out
+}
+
+// dashboard is one, as far as tests look at it.
+type dashboard struct {
+	UID, Title string
+	Panels     []struct {
+		ID      int
+		Title   string
+		Targets []struct{ Expr string }
+	}
+}
+
 // TestDashboards: every panel of every dashboard asks for something, of the
 // cluster that was chosen.
 func TestDashboards(t *testing.T) {
@@ -139,14 +171,7 @@ func TestDashboards(t *testing.T) {
 		if !strings.HasSuffix(file, ".json") {
 			continue
 		}
-		var board struct {
-			UID, Title string
-			Panels     []struct {
-				ID      int
-				Title   string
-				Targets []struct{ Expr string }
-			}
-		}
+		var board dashboard
 		if err := json.Unmarshal([]byte(text), &board); err != nil {
 			t.Errorf("%s: %v", file, err)
 			continue
@@ -311,6 +336,7 @@ func TestMonitoring(t *testing.T) {
 	}})
 	t.Run("metrics", func(t *testing.T) { m.in(t).metricsAreThere(t) })
 	t.Run("a dead server", func(t *testing.T) { m.in(t).deadServer(t) })
+	t.Run("prometheus", func(t *testing.T) { m.in(t).watched(t) })
 	t.Run("haproxy", func(t *testing.T) { m.in(t).drains(t) })
 }
 
@@ -454,9 +480,38 @@ func (m *monitored) deadServer(t *testing.T) {
 	up("1")
 }
 
+// watched: a real Prometheus gets an answer to everything that the dashboards
+// ask, and raises and ends the alerts of a node whose server is dead. The other
+// faults take minutes: TestAlerts.
+func (m *monitored) watched(t *testing.T) {
+	p := m.prometheus(t)
+	cluster.WaitFor(t, time.Minute, "all targets to be scraped", func() error { return p.targetsUp(6) })
+	for where, expr := range dashboardExpressions(t) {
+		expr = strings.ReplaceAll(expr, "$cluster", "unibus")
+		cluster.WaitFor(t, 20*time.Second, where, func() error { // a rate takes two scrapes
+			n, err := p.query(expr)
+			if err == nil && n == 0 && !strings.HasSuffix(expr, " > 0") {
+				err = fmt.Errorf("nothing answers %s", expr)
+			}
+			return err
+		})
+	}
+	cluster.WaitFor(t, 20*time.Second, "no alert while nothing is wrong", func() error { return p.silent() })
+	alerts := []string{"UnibusNATSDown", "UnibusRouteMissing", "UnibusReplicaBehind"}
+	m.Kill(3, cluster.NATS)
+	for _, name := range alerts {
+		cluster.WaitFor(t, time.Minute, name, func() error { return p.fires(name) })
+	}
+	m.StartNode(3, cluster.NATS)
+	m.WaitHealthy(time.Minute)
+	for _, name := range alerts {
+		cluster.WaitFor(t, time.Minute, name+" to end", func() error { return p.ended(name) })
+	}
+}
+
 // forward listens on loopback for what listens on that of node i, until the
 // test ends: a node may be on a network of its own.
-func (m *monitored) forward(t testing.TB, i int, url string) string {
+func (m *monitored) forward(t testing.TB, i int, to string) string {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -471,7 +526,7 @@ func (m *monitored) forward(t testing.TB, i int, url string) string {
 			}
 			go func() {
 				defer func() { _ = in.Close() }()
-				out, err := m.From(i).Dial("tcp", strings.TrimPrefix(url, "http://"))
+				out, err := m.From(i).Dial("tcp", strings.TrimPrefix(to, "http://"))
 				if err != nil {
 					return
 				}
@@ -571,6 +626,15 @@ func (p *prometheus) targetsUp(want int) error {
 		return fmt.Errorf("%d of %d targets are up", up, want)
 	}
 	return nil
+}
+
+// query evaluates an expression and counts the series of its answer.
+func (p *prometheus) query(expr string) (series int, err error) {
+	var answer struct {
+		Data struct{ Result []json.RawMessage }
+	}
+	err = p.get("/api/v1/query?query="+url.QueryEscape(expr), &answer)
+	return len(answer.Data.Result), err
 }
 
 // firing are the alerts that fire: name, and where.

@@ -50,6 +50,7 @@ type Health struct {
 	streams  map[string]sighting
 	reports  []kv.StreamHealth
 	posture  posture
+	linked   bool // to the own nats-server
 	draining bool
 	starting string // what start-up waits for; "" when it is over
 }
@@ -90,6 +91,7 @@ func (h *Health) Drain() {
 
 // Run measures until ctx ends.
 func (h *Health) Run(ctx context.Context) {
+	go h.followLink(ctx)
 	tick := time.NewTicker(probeEvery)
 	defer tick.Stop()
 	var lastPosture time.Time
@@ -103,6 +105,25 @@ func (h *Health) Run(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
+		}
+	}
+}
+
+// followLink keeps what is known of the connection to the own server. To ask the
+// connection itself may take seconds: it answers nothing while it tries a server
+// that hangs, and neither a load balancer nor a scrape waits for that.
+func (h *Health) followLink(ctx context.Context) {
+	changed := h.cfg.Conn.StatusChanged()
+	defer h.cfg.Conn.RemoveStatusListener(changed)
+	status := h.cfg.Conn.Status()
+	for {
+		h.mu.Lock()
+		h.linked = status == nats.CONNECTED
+		h.mu.Unlock()
+		select {
+		case <-ctx.Done():
+			return
+		case status = <-changed:
 		}
 	}
 }
@@ -238,7 +259,7 @@ func (h *Health) checks() []check {
 	return []check{
 		{"start", h.starting},
 		{"drain", when(h.draining, "draining")},
-		{"nats", when(h.cfg.Conn.Status() != nats.CONNECTED, "not connected to the own nats-server")},
+		{"nats", when(!h.linked, "not connected to the own nats-server")},
 		{"lease", when(!lease, "no lease: "+fault)},
 		{"buckets", h.bucketFault(now)},
 		{"certificate", h.cfg.Certs.fault(now)},
