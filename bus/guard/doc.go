@@ -46,4 +46,7 @@ const (
 	CAOverlap          Name = "ca-overlap"           // off: certificates change without asking whether every node trusts them
 	RoomPin            Name = "room-pin"             // off: a client does not hold a room against what it remembers
 	AdmitByOwner       Name = "admit-by-owner"       // off: whom the servers name as a member gets the next key
+	ImportTLS          Name = "import-tls"           // off: another system is read in clear from anywhere
+	ImportTombstone    Name = "import-tombstone"     // off: an import takes no notice of what has ended here
+	ImportAdmins       Name = "import-admins"        // off: who is an admin elsewhere becomes one here by an import
 )

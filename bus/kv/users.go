@@ -68,6 +68,14 @@ func (s *Store) stamp() time.Time { return s.now().UTC().Truncate(time.Milliseco
 // being the one that was looked at, grants. A key that was ever registered is
 // refused and nothing changes.
 func (s *Store) AddUser(ctx context.Context, key bus.UserKey, handle bus.Handle, role bus.Role) (Result, error) {
+	res, err := s.register(ctx, func(s *Store) (bus.User, error) { return s.newUser(key, handle, role), nil }, key, handle)
+	res.What = fmt.Sprintf("registered %s as %s, %s", key, handle, role)
+	return res, err
+}
+
+// register writes the first record of a user, which record makes behind the
+// last barrier.
+func (s *Store) register(ctx context.Context, record func(*Store) (bus.User, error), key bus.UserKey, handle bus.Handle) (Result, error) {
 	var claim uint64
 	res, err := s.retried(ctx, key.Hex(), func(s *Store) (Result, error) {
 		// Taken before the look: a reservation without a user may be taken over
@@ -80,12 +88,14 @@ func (s *Store) AddUser(ctx context.Context, key bus.UserKey, handle bus.Handle,
 		if u, _, ok := s.view.UserByHandle(handle); ok {
 			return Result{}, handleTaken(u)
 		}
-		var err error
+		u, err := record(s)
+		if err != nil {
+			return Result{}, err
+		}
 		if claim, err = s.reserve(ctx, handle, key); err != nil {
 			return Result{}, err
 		}
-		res, err := s.change(ctx, usersIdx, key.Hex(), s.newUser(key, handle, role), want)
-		res.What = fmt.Sprintf("registered %s as %s, %s", key, handle, role)
+		res, err := s.change(ctx, usersIdx, key.Hex(), u, want)
 		return res, raced(err)
 	})
 	if bus.CodeOf(err) == bus.Conflict && claim != 0 {

@@ -32,6 +32,7 @@ type app struct {
 func (a *app) commands() []*cli.Command {
 	return []*cli.Command{
 		a.bootstrapCommand(),
+		a.importCommand(),
 		a.joinCommand(),
 		a.whoamiCommand(),
 		a.userCommand(),
