@@ -70,6 +70,13 @@ var controls = []control{
 	{off: guard.RoomPin, dir: "bus/client", test: "TestKeysServerForgets"},
 	{off: guard.AdmitByOwner, dir: "bus/client", test: "TestKeysNoGhost"},
 	{off: guard.RosterSigner, dir: "bus/client", test: "TestKeysNoGhost"},
+	{off: guard.ImportTLS, dir: "cli/unibusctl", test: "TestImportTLS"},
+	{off: guard.ImportTombstone, dir: "cli/unibusctl", test: "TestImportTombstones"},
+	{off: guard.ImportAdmins, dir: "cli/unibusctl", test: "TestImportAdmins"},
+	{off: guard.DeployCheck, dir: "test", test: "TestDeployPlanted"},
+	{off: guard.DeployLook, dir: "cli/unibusctl", test: "TestDeployFit"},
+	{off: guard.RolloutStop, dir: "cli/unibusctl", test: "TestRolloutStopsAtTheFirst"},
+	{off: guard.RolloutGate, dir: "test", test: "TestGate", live: true},
 }
 
 // TestControls takes each protection away in turn and demands that the test

@@ -49,4 +49,8 @@ const (
 	ImportTLS          Name = "import-tls"           // off: another system is read in clear from anywhere
 	ImportTombstone    Name = "import-tombstone"     // off: an import takes no notice of what has ended here
 	ImportAdmins       Name = "import-admins"        // off: who is an admin elsewhere becomes one here by an import
+	DeployCheck        Name = "deploy-check"         // off: a configuration that would not work is brought to the nodes
+	DeployLook         Name = "deploy-look"          // off: what a node has and is does not stop a stage
+	RolloutGate        Name = "rollout-gate"         // off: one more node goes down whatever the cluster is like
+	RolloutStop        Name = "rollout-stop"         // off: a rollout goes on behind a node that did not come back
 )

@@ -14,6 +14,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"unibus.internal/bus"
+	"unibus.internal/bus/guard"
 )
 
 // gateWithin outlasts a restarted node: its server catches up, a leader is
@@ -118,6 +119,9 @@ func (g *gate) look(ctx context.Context, spare string) (why string, err error) {
 // doctor content as well. Doctor may have to look twice: a service that was
 // killed keeps its lease for some seconds, and changes wait for it.
 func (g *gate) wait(ctx context.Context, spare string) error {
+	if guard.Off(guard.RolloutGate) {
+		return nil
+	}
 	ctx, cancel := g.app.within(ctx, gateWithin)
 	defer cancel()
 	said := ""
@@ -228,16 +232,19 @@ func (a *app) clusterRollout(c *cli.Context, verb string) error {
 			return err
 		}
 	}
-	for i, h := range d.hosts {
-		if !a.set.yes || len(rolled[i].Units) == 0 {
-			continue
+	if a.set.yes {
+		err := oneByOne(rolled, func(i int) error {
+			started := a.now()
+			if err := g.roll(c.Context, d.hosts[i], verb, rolled[i].Units); err != nil {
+				return stoppedAt(err, rolled[i].Node, verb, g.request.inventory)
+			}
+			rolled[i].ElapsedMS = a.now().Sub(started).Milliseconds()
+			a.say("%s: done, the gate is open again after %d ms", rolled[i].Node, rolled[i].ElapsedMS)
+			return nil
+		})
+		if err != nil {
+			return err
 		}
-		started := a.now()
-		if err := g.roll(c.Context, h, verb, rolled[i].Units); err != nil {
-			return stoppedAt(err, h.node.name, verb, g.request.inventory)
-		}
-		rolled[i].Done, rolled[i].ElapsedMS = true, a.now().Sub(started).Milliseconds()
-		a.say("%s: done, the gate is open again after %d ms", h.node.name, rolled[i].ElapsedMS)
 	}
 	if !a.set.yes {
 		a.say("Nothing was changed. Next: the same with --yes")
@@ -252,6 +259,24 @@ func (a *app) clusterRollout(c *cli.Context, verb string) error {
 			t.AppendRow(table.Row{r.Node, units, r.Done, r.ElapsedMS / 1000})
 		}
 	})
+}
+
+// oneByOne does the nodes that have something due, in order. The first that
+// fails ends it: the next one would be the second that is away.
+func oneByOne(rolled []rolledNode, do func(i int) error) error {
+	for i := range rolled {
+		if len(rolled[i].Units) == 0 {
+			continue
+		}
+		if err := do(i); err != nil {
+			if guard.Off(guard.RolloutStop) {
+				continue
+			}
+			return err
+		}
+		rolled[i].Done = true
+	}
+	return nil
 }
 
 // stoppedAt keeps the code and the reason, and says how to go on.

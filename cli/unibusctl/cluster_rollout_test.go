@@ -40,3 +40,29 @@ func TestRolloutStopped(t *testing.T) {
 		t.Errorf("%v (exit %d)", err, exitCode(err))
 	}
 }
+
+// Behind a node that fails no other one is touched; what is current is left
+// alone; what was done is said.
+func TestRolloutStopsAtTheFirst(t *testing.T) {
+	rolled := []rolledNode{{Node: "n1", Units: []string{"unibus-nats"}}, {Node: "n2"}, {Node: "n3", Units: []string{"unibus-nats"}}, {Node: "n4", Units: []string{"unibus-nats"}}}
+	var touched []string
+	err := oneByOne(rolled, func(i int) error {
+		touched = append(touched, rolled[i].Node)
+		if rolled[i].Node == "n3" {
+			return bus.E(bus.Unavailable, "the gate stays closed")
+		}
+		return nil
+	})
+	if bus.CodeOf(err) != bus.Unavailable || !slices.Equal(touched, []string{"n1", "n3"}) {
+		t.Errorf("touched %q: %v", touched, err)
+	}
+	var done []string
+	for _, r := range rolled {
+		if r.Done {
+			done = append(done, r.Node)
+		}
+	}
+	if !slices.Equal(done, []string{"n1"}) {
+		t.Errorf("done %q", done)
+	}
+}

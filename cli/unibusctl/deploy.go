@@ -20,6 +20,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"unibus.internal/bus"
+	"unibus.internal/bus/guard"
 )
 
 // Where a node keeps things. Units, owners and these have to agree; the fleet
@@ -331,7 +332,7 @@ func (d *deployment) compose(ctx context.Context, h *deployHost, common []deploy
 	l.check("")
 	l.tryServer(ctx, server)
 	for _, f := range l.findings {
-		if f.Severity != severityWarning {
+		if f.Severity != severityWarning && !guard.Off(guard.DeployCheck) {
 			return bus.E(bus.Invalid, "the configuration of %s would not work: %s", h.node.name, f).
 				WithHint("correct it, then: unibusctl config render ... --node %s and config check", h.node.name)
 		}
@@ -350,11 +351,22 @@ func (d *deployment) compose(ctx context.Context, h *deployHost, common []deploy
 
 // look asks every node what it has, all of them before anything is done to one.
 func (d *deployment) look(ctx context.Context) error {
-	machines := map[string]string{}
 	for _, h := range d.hosts {
 		if err := h.probe(ctx); err != nil {
 			return err
 		}
+	}
+	return d.fit()
+}
+
+// fit refuses nodes that are not what the inventory says, or cannot take what
+// is sent, by what look has learned.
+func (d *deployment) fit() error {
+	if guard.Off(guard.DeployLook) {
+		return nil
+	}
+	machines := map[string]string{}
+	for _, h := range d.hosts {
 		switch other := machines[h.machine]; {
 		case h.arch != d.arch:
 			return bus.E(bus.Invalid, "%s is %s, and the programs are for %s", h.node.name, h.arch, d.arch).WithHint("build for it, and --bin DIR with --node %s", h.node.name)

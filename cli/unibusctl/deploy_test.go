@@ -97,6 +97,36 @@ func TestDeployFits(t *testing.T) {
 	}
 }
 
+// A node that is not what the inventory says, or cannot take a stage, ends it
+// before anything is sent to any.
+func TestDeployFit(t *testing.T) {
+	const mib = 1 << 20
+	for _, tt := range []struct {
+		want  string
+		plant func(n3 *deployHost)
+	}{
+		{"", func(*deployHost) {}},
+		{"n3 is aarch64, and the programs are for x86_64", func(h *deployHost) { h.arch = "aarch64" }},
+		{"n3 has no rsync, flock", func(h *deployHost) { h.missing = []string{"rsync", "flock"} }},
+		{"is node n2 already, and nodes.env:5 calls it n3", func(h *deployHost) { h.is = "n2" }},
+		{"n1 and n3 are one machine", func(h *deployHost) { h.machine = "machine-n1" }},
+		{"n3 has 63 MiB free in /var/lib", func(h *deployHost) { h.free["/var/lib"] = 63 * mib }},
+	} {
+		d := &deployment{inv: &inventory{path: "nodes.env"}, arch: "x86_64"}
+		for i, name := range []string{"n1", "n2", "n3"} {
+			d.hosts = append(d.hosts, &deployHost{
+				node: node{name: name, ssh: "root@" + name, line: 3 + i}, arch: "x86_64", is: name, machine: "machine-" + name,
+				changes: []deployChange{{Path: "/etc/unibus/node.env", file: deployFile{data: []byte("x")}}},
+				free:    map[string]int64{"/usr": 200 * mib, "/etc": 200 * mib, "/var/lib": 200 * mib},
+			})
+		}
+		tt.plant(d.hosts[2])
+		if err := d.fit(); (err == nil) != (tt.want == "") || err != nil && !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%v, want %q", err, tt.want)
+		}
+	}
+}
+
 // A program for another machine, or none at all, is refused before anything is
 // sent.
 func TestDeployPrograms(t *testing.T) {

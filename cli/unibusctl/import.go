@@ -319,7 +319,9 @@ func (r *importReport) leftOver() string {
 }
 
 // importAll does what the plan says, one proven change after the other. What
-// somebody changed meanwhile becomes a conflict; what cannot be known ends it.
+// somebody changed meanwhile becomes a conflict; what cannot be known ends it. A
+// revoke that some node has not confirmed does not hold up the others: each of
+// them takes access away.
 func (d *direct) importAll(ctx context.Context, items []importItem) error {
 	due, done := 0, 0
 	for _, i := range items {
@@ -327,6 +329,7 @@ func (d *direct) importAll(ctx context.Context, items []importItem) error {
 			due++
 		}
 	}
+	var unproven []string
 	for n := range items {
 		i := &items[n]
 		if i.Outcome != toCreate && i.Outcome != toRevoke {
@@ -334,21 +337,29 @@ func (d *direct) importAll(ctx context.Context, items []importItem) error {
 		}
 		change, err := d.importOne(ctx, i)
 		switch code := bus.CodeOf(err); {
-		case err == nil && !change.Verified:
-			i.Done = true
-			on := strings.Join(append(change.Waiting, change.Unproven...), ", ")
-			return bus.E(bus.Unavailable, "%s: committed, not proven on %s; %d of %d done", change.What, on, done+1, due).WithHint("the same line again goes on")
-		case err == nil:
-			i.Done = true
-		case code == bus.Unavailable || code == bus.Internal || ctx.Err() != nil:
+		case code == bus.Unavailable || code == bus.Internal || ctx.Err() != nil && err != nil:
 			return bus.E(code, "%d of %d done: %w", done, due, err).WithHint("the same line again goes on")
-		default:
+		case err != nil:
 			i.Outcome, i.Detail = isAgainst, err.Error()
 			continue
 		}
-		if done++; done%200 == 0 {
+		i.Done = true
+		done++
+		switch {
+		case change.Verified:
+		case i.Outcome == toRevoke && len(change.Waiting) == 0:
+			unproven = append(unproven, i.Name)
+		default:
+			return bus.E(bus.Unavailable, "%s: committed, not proven: still waiting for %s; %d of %d done", change.What, strings.Join(change.Waiting, ", "), done, due).
+				WithHint("the same line again goes on")
+		}
+		if done%200 == 0 {
 			d.app.say("%d of %d done", done, due)
 		}
+	}
+	if len(unproven) > 0 {
+		return bus.E(bus.Unavailable, "all done; revoked, and not proven on every node: %s", strings.Join(unproven, ", ")).
+			WithHint("unibusctl user revoke %s --yes proves it again", unproven[0])
 	}
 	return nil
 }

@@ -442,6 +442,14 @@ func (m *mapping) user(text map[string]string) (u kvUser, err error) {
 }
 
 func (m *mapping) time(s string) (time.Time, error) {
+	at, err := m.parseTime(s)
+	if err == nil && (at.Year() < 1 || at.Year() > 9999) { // has no JSON form
+		err = fmt.Errorf("%s is no time of this calendar (--times)", quote(s))
+	}
+	return at, err
+}
+
+func (m *mapping) parseTime(s string) (time.Time, error) {
 	if m.times == timeRFC3339 {
 		at, err := time.Parse(time.RFC3339, s)
 		if err != nil {
