@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/x509"
 	"database/sql"
@@ -510,7 +511,7 @@ func (s *ndjsonSource) read(context.Context, func(string) bool) ([]container, er
 				}
 				name := f.container
 				if name == "" {
-					name = r.fields[s.kindField].text
+					name = cmp.Or(r.fields[s.kindField].text, "(none)")
 				}
 				if by[name] == nil {
 					by[name] = &container{name: name}
@@ -574,7 +575,7 @@ func (s *sqliteSource) read(ctx context.Context, ignored func(string) bool) (out
 	db.SetMaxOpenConns(1)
 	var sound string
 	if err := db.QueryRowContext(ctx, "PRAGMA quick_check(1)").Scan(&sound); err != nil || sound != "ok" {
-		return nil, bus.E(bus.Invalid, "%s is not a sound SQLite database: %s", s.path, quote(cmpOr(sound, err))).
+		return nil, bus.E(bus.Invalid, "%s is not a sound SQLite database: %s", s.path, quote(complaint(sound, err))).
 			WithHint("stop the program that writes it, or read a backup: sqlite3 unibus.db '.backup copy.db'")
 	}
 	tables, err := tablesOf(ctx, db)
@@ -593,7 +594,7 @@ func (s *sqliteSource) read(ctx context.Context, ignored func(string) bool) (out
 	return out, nil
 }
 
-func cmpOr(said string, err error) string {
+func complaint(said string, err error) string {
 	if err != nil {
 		return err.Error()
 	}
