@@ -124,15 +124,18 @@ func (s *natsSource) connect() (*nats.Conn, error) {
 		nats.Name("unibusctl import"), nats.NoReconnect(), nats.Timeout(5 * time.Second), nats.IgnoreDiscoveredServers(),
 		nats.NoCallbacksAfterClientClose(),
 	}
-	if secure {
-		if s.caFile == "" {
-			return nil, &usageError{msg: "the CA of the other system is not known: set --from-ca FILE", hint: "unibusctl import --help"}
-		}
+	switch {
+	case s.caFile != "":
 		trust, err := kv.Trust(s.caFile)
 		if err != nil {
 			return nil, err
 		}
-		opts = append(opts, nats.Secure(trust))
+		opts = append(opts, func(o *nats.Options) error {
+			o.Secure, o.TLSConfig = secure, trust // a server may ask for TLS itself
+			return nil
+		})
+	case secure:
+		return nil, &usageError{msg: "the CA of the other system is not known: set --from-ca FILE", hint: "unibusctl import --help"}
 	}
 	if s.seedFile != "" {
 		auth, err := seedOption(s.seedFile)
