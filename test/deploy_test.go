@@ -71,10 +71,10 @@ func TestDeployPlanted(t *testing.T) {
 	}{
 		{"sound", "nodes.env", func(was string) string { return was }, 3, nowhere},
 		{"an expired certificate", "pki/n2/server.crt", func(string) string {
-			return endingIn(t, ca("client"), path("pki/n2/server.crt"), -time.Hour)
+			return signedAnew(t, ca("client"), path("pki/n2/server.crt"), -time.Hour)
 		}, 1, "n2/etc/tls/server.crt: has expired"},
 		{"an expired route", "pki/n3/route.crt", func(string) string {
-			return endingIn(t, ca("cluster"), path("pki/n3/route.crt"), -time.Hour)
+			return signedAnew(t, ca("cluster"), path("pki/n3/route.crt"), -time.Hour)
 		}, 1, "has expired"},
 		{"a seed of another user", "secrets/issuer.nk", func(string) string { return contentOf(t, seed("ops")) }, 1, "issuer.nk"},
 		{"mended", "nodes.env", func(was string) string { return was }, 3, nowhere},

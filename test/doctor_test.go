@@ -311,7 +311,7 @@ func TestDoctorServers(t *testing.T) {
 			hold(t.Context(), 3*time.Second) // it finds out with its first barrier
 		}, "clock", "disagree"},
 		{"certificate that ends in five days", func(t *testing.T) {
-			edited(t, "tls/server.crt", read(t, "tls/server.crt"), endingIn(t, w.CA(), etc("tls/server.crt"), 5*24*time.Hour))
+			edited(t, "tls/server.crt", read(t, "tls/server.crt"), endingIn(t, w, etc("tls/server.crt"), 5*24*time.Hour))
 		}, "cert.client", "expires in 4"},
 		{"old server", func(t *testing.T) {
 			old := cluster.OldServer(t, "v2.15.1") // lets a client choose its connection type
@@ -391,7 +391,12 @@ func TestDoctorWithoutQuorum(t *testing.T) {
 
 // endingIn is a node's certificate with another end, signed by the same
 // authority for the same key.
-func endingIn(t *testing.T, caFile, certFile string, left time.Duration) string {
+func endingIn(t *testing.T, w *world, certFile string, left time.Duration) string {
+	t.Helper()
+	return signedAnew(t, w.CA(), certFile, left)
+}
+
+func signedAnew(t *testing.T, caFile, certFile string, left time.Duration) string {
 	t.Helper()
 	text, err := os.ReadFile(certFile)
 	if err != nil {
