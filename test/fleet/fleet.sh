@@ -47,6 +47,7 @@ cleanup() {
 	# The first process of a system ends all others of it.
 	for pid in "${pids[@]}"; do kill -KILL "$(leader "$pid")" 2>/dev/null || true; done
 	for pid in "${pids[@]}"; do wait "$pid" 2>/dev/null || true; done
+	for ns in op n1 n2 n3; do ip netns pids "$id-$ns" 2>/dev/null | xargs -r kill -KILL 2>/dev/null || true; done
 	for ns in sw op n1 n2 n3; do ip netns del "$id-$ns" 2>/dev/null || true; done
 	if [[ -n $work ]]; then
 		for n in 1 2 3; do umount "$work/n$n/root" 2>/dev/null || true; done
