@@ -176,6 +176,14 @@ func (d *direct) bootstraps(t *testing.T) {
 	late := newPerson(t, "late")
 	d.want(t, 1, "already bootstrapped", "bootstrap", "--handle", "late", "--sign-pub", late.key.NKey())
 	d.want(t, 1, "already bootstrapped", "bootstrap", "--handle", d.admin.name, "--sign-pub", d.admin.key.NKey())
+	// One that makes the key keeps it, for the next attempt.
+	out := filepath.Join(t.TempDir(), "late.nk")
+	d.want(t, 1, "already bootstrapped", "bootstrap", "--handle", "late", "--out", out)
+	seed, err := os.ReadFile(out)
+	d.want(t, 1, "already bootstrapped", "bootstrap", "--handle", "late", "--out", out)
+	if again, _ := os.ReadFile(out); err != nil || !bytes.HasPrefix(seed, []byte("SU")) || !bytes.Equal(seed, again) {
+		t.Errorf("a second attempt with a new key (%v): another seed", err)
+	}
 	d.waitAdmits(d.admin, 1, 2, 3)
 	for _, p := range people {
 		if v, err := d.attempt(1, p); (v == admitted) != (p == d.admin) {

@@ -30,11 +30,11 @@ func (a *app) pkiCommand() *cli.Command {
 		Subcommands: []*cli.Command{
 			{
 				Name:  "init",
-				Usage: "make the two authorities",
+				Usage: "make the two authorities, and with an inventory the nodes' certificates",
 				Description: "Replacing an authority makes every certificate it signed worthless.\n\n" +
-					"Example:\n  unibusctl pki init --dir pki",
-				Flags:  []cli.Flag{dir, force},
-				Action: func(c *cli.Context) error { return a.pkiInit(pkiDir(c.String("dir")), c.Bool("force")) },
+					"Example:\n  unibusctl pki init --dir pki --inventory nodes.env",
+				Flags:  []cli.Flag{dir, inventory, force},
+				Action: func(c *cli.Context) error { return a.pkiInit(pkiDir(c.String("dir")), c.String("inventory"), c.Bool("force")) },
 			},
 			{
 				Name:  "issue",
@@ -80,8 +80,14 @@ func (a *app) pkiCommand() *cli.Command {
 
 func (a *app) minter() minter { return minter{now: a.now(), rand: a.rand} }
 
-// pkiInit makes both authorities, or neither where any file is in the way.
-func (a *app) pkiInit(dir pkiDir, force bool) error {
+// pkiInit makes both authorities, or neither where any file is in the way or the
+// inventory is not right.
+func (a *app) pkiInit(dir pkiDir, inventoryPath string, force bool) error {
+	if inventoryPath != "" {
+		if _, err := parseInventory(inventoryPath); err != nil {
+			return err
+		}
+	}
 	for _, role := range caRoles() {
 		for _, path := range []string{dir.caKey(role), dir.caCert(role)} {
 			if exists(path) && !force {
@@ -103,6 +109,9 @@ func (a *app) pkiInit(dir pkiDir, force bool) error {
 			return err
 		}
 		rows = append(rows, rowOf(dir.caCert(role), pair.cert, a.now()))
+	}
+	if inventoryPath != "" {
+		return a.pkiIssue(dir, inventoryPath, "", force)
 	}
 	if names := dir.nodeNames(); len(names) > 0 {
 		a.say("the certificates of %s are signed by no authority now: unibusctl pki issue --dir %s --inventory nodes.env --force", strings.Join(names, ", "), dir)

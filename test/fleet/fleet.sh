@@ -69,6 +69,15 @@ within() {
 	done
 }
 
+# timed COMMAND...: one step of the way from an inventory to a cluster; spent is
+# their sum in milliseconds.
+spent=0
+timed() {
+	local at=${EPOCHREALTIME/[.,]/}
+	"$@"
+	spent=$((spent + (${EPOCHREALTIME/[.,]/} - at) / 1000))
+}
+
 # refuses WANTED COMMAND...: it must fail, and say this.
 refuses() {
 	local want=$1 out
@@ -199,9 +208,8 @@ main() {
 		NODE_2="n2 ssh=root@10.77.0.2 public=10.77.0.2 private=10.77.0.2"
 		NODE_3="n3 ssh=deploy@10.77.0.3 public=10.77.0.3 private=10.77.0.3"
 	END
-	ctl config init --dir "$work/secrets" >/dev/null
-	ctl pki init --dir "$work/pki" >/dev/null
-	ctl pki issue --dir "$work/pki" --inventory "$work/nodes.env" >/dev/null
+	timed ctl config init --dir "$work/secrets" >/dev/null 2>&1
+	timed ctl pki init --dir "$work/pki" --inventory "$work/nodes.env" >/dev/null
 	life
 }
 
