@@ -225,9 +225,11 @@ report() {
 		pid=$(systemctl show -P MainPID "unibus-$unit.service")
 		old=no
 		if [ "$pid" != 0 ]; then
-			case $(readlink "/proc/$pid/exe") in *' (deleted)') old=program ;; esac
-			# By content, not by time: a file that was rolled back is the one it runs
-			# with. A setting of systemctl edit is in no file of ours.
+			# By content, not by time: a file that was rolled back, or came again with a
+			# package, is the one it runs with.
+			program=$(readlink "/proc/$pid/exe")
+			[ "$(sum "/proc/$pid/exe")" = "$(sum "${program% (deleted)}" 2>/dev/null)" ] || old=program
+			# A setting of systemctl edit is in no file of ours.
 			env=/etc/unibus/$unit.env
 			has=$(tr '\0' '\n' <"/proc/$pid/environ" 2>/dev/null || true)
 			[ ! -f "$env" ] || grep '^[A-Z]' "$env" | (while IFS= read -r line; do

@@ -33,8 +33,10 @@ func (a *app) pkiCommand() *cli.Command {
 				Usage: "make the two authorities, and with an inventory the nodes' certificates",
 				Description: "Replacing an authority makes every certificate it signed worthless.\n\n" +
 					"Example:\n  unibusctl pki init --dir pki --inventory nodes.env",
-				Flags:  []cli.Flag{dir, inventory, force},
-				Action: func(c *cli.Context) error { return a.pkiInit(pkiDir(c.String("dir")), c.String("inventory"), c.Bool("force")) },
+				Flags: []cli.Flag{dir, inventory, force},
+				Action: func(c *cli.Context) error {
+					return a.pkiInit(pkiDir(c.String("dir")), c.String("inventory"), c.Bool("force"))
+				},
 			},
 			{
 				Name:  "issue",
