@@ -135,8 +135,8 @@ func (s *Service) Listen(conns ...*nats.Conn) {
 	s.conns = conns
 }
 
-// Join enters the queue group, Leave leaves it and lets what was delivered be
-// answered. Both may be called at any time, in any order.
+// Join enters the queue group, Leave leaves it at once. Both may be called at
+// any time, in any order.
 func (s *Service) Join() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -150,7 +150,7 @@ func (s *Service) Join() error {
 			s.subs = append(s.subs, sub)
 		}
 		if err != nil {
-			s.leaveLocked()
+			s.leaveLocked((*nats.Subscription).Unsubscribe)
 			return bus.E(bus.Unavailable, "cannot join the queue group: %w", err)
 		}
 	}
@@ -158,16 +158,22 @@ func (s *Service) Join() error {
 	return nil
 }
 
-// Leave leaves the queue group: see Join.
+// Leave leaves the queue group: see Join. What was delivered and not yet taken
+// stays unanswered, as it would without a lease.
+//
+// It does not drain: a subscription that is draining while its connection is
+// lost is made again by the client library when it reconnects, and forgotten
+// without the server being told. The server would go on to hand that nobody a
+// share of all admissions, for as long as the connection lasts.
 func (s *Service) Leave() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.leaveLocked()
+	s.leaveLocked((*nats.Subscription).Unsubscribe)
 }
 
-func (s *Service) leaveLocked() {
+func (s *Service) leaveLocked(end func(*nats.Subscription) error) {
 	for _, sub := range s.subs {
-		if err := sub.Drain(); err != nil && !errors.Is(err, nats.ErrConnectionClosed) {
+		if err := end(sub); err != nil && !errors.Is(err, nats.ErrConnectionClosed) {
 			s.cfg.Log.Warn("leaving the queue group", "err", err)
 		}
 	}
@@ -212,11 +218,11 @@ func (s *Service) Run(ctx context.Context) {
 }
 
 // leaveAndDrain returns when every request that a server has already handed to
-// this instance is queued.
+// this instance is queued. The connections end soon after it: see Leave.
 func (s *Service) leaveAndDrain() {
 	s.mu.Lock()
 	subs := s.subs
-	s.leaveLocked()
+	s.leaveLocked((*nats.Subscription).Drain)
 	s.mu.Unlock()
 	late := time.NewTimer(Deadline)
 	defer late.Stop()

@@ -155,7 +155,7 @@ func (r *Recorder) settle() {
 // keep records exactly the durable rooms that there are, while there is a lease.
 func (r *Recorder) keep(ctx context.Context) {
 	if _, held := r.view.Lease(); !held {
-		r.leave()
+		r.abandon()
 		return
 	}
 	want := map[bus.RoomID]bus.Room{}
@@ -241,6 +241,19 @@ func (r *Recorder) leave() {
 	defer r.mu.Unlock()
 	for _, n := range r.rooms {
 		r.drop(n)
+	}
+}
+
+// abandon lets the others record, at once: without a lease nothing is. It does
+// not drain: a subscription that is draining while its connection is lost is made
+// again by the client library when it reconnects, and forgotten without the
+// server being told, which would go on to hand that nobody a share of the messages.
+func (r *Recorder) abandon() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, n := range r.rooms {
+		delete(r.rooms, n.id)
+		_ = n.sub.Unsubscribe() // fails on a closed connection only
 	}
 }
 
