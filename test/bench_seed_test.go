@@ -139,7 +139,7 @@ func withStaticUsers(text []byte, users []*person) ([]byte, error) {
 	if !found || !ended || !inBus || !listed {
 		return nil, errors.New("accounts.conf has another form than this benchmark knows")
 	}
-	out := bytes.NewBuffer(head)
+	out := bytes.NewBuffer(bytes.Clone(head)) // it has room for more, which is what follows
 	fmt.Fprintf(out, "%s\n  BUS {%s    users: [\n", accounts, limits)
 	for n, p := range users {
 		hears, says := []string{bus.InboxSubscribe(p.key), bus.NoticeSubscribe(p.key)}, []string{}
