@@ -23,9 +23,12 @@ const (
 	// Nonces must be remembered for longer than twice this.
 	Window = 60 * time.Second
 
-	// MaxBody is the largest body, in bytes, that Sign and Verify take.
+	// MaxBody is the largest body, in bytes, that Sign and Verify take. What is
+	// larger is streamed, where a route takes that.
 	MaxBody = 64 << 10
 )
+
+const tooLarge = "the body is larger than 64 KiB"
 
 const (
 	components = `("@method" "@authority" "@path" "@query" "content-digest")`
@@ -83,9 +86,26 @@ func signatureField(signature []byte) string {
 	return Label + "=:" + base64.StdEncoding.EncodeToString(signature) + ":"
 }
 
-func digestField(body []byte) string {
-	sum := sha256.Sum256(body)
-	return "sha-256=:" + base64.StdEncoding.EncodeToString(sum[:]) + ":"
+// Digest is the SHA-256 of a body.
+type Digest [sha256.Size]byte
+
+// DigestOf is the digest of a body that is all there.
+func DigestOf(body []byte) Digest { return sha256.Sum256(body) }
+
+// Field is the digest as in Content-Digest and Repr-Digest (RFC 9530).
+func (d Digest) Field() string {
+	return "sha-256=:" + base64.StdEncoding.EncodeToString(d[:]) + ":"
+}
+
+// ParseDigest reads what Field writes, in that one spelling.
+func ParseDigest(field string) (d Digest, ok bool) {
+	text, _ := strings.CutPrefix(field, "sha-256=:")
+	raw, err := base64.StdEncoding.DecodeString(strings.TrimSuffix(text, ":"))
+	if err != nil || len(raw) != len(d) {
+		return d, false
+	}
+	d = Digest(raw)
+	return d, d.Field() == field
 }
 
 // Sign adds Content-Digest, Signature-Input and Signature to a request that is
@@ -97,8 +117,17 @@ func digestField(body []byte) string {
 //
 // It fails with Invalid, and changes nothing, for what no server would accept.
 func Sign(req *http.Request, body []byte, s Signer, created time.Time, nonce string) error {
+	if len(body) > MaxBody {
+		return bus.E(bus.Invalid, "cannot sign this request: %s", tooLarge)
+	}
+	return SignStream(req, DigestOf(body), s, created, nonce)
+}
+
+// SignStream is Sign for a body of any length that is sent as it is read, to a
+// route that takes one: its digest is all that must be known before.
+func SignStream(req *http.Request, body Digest, s Signer, created time.Time, nonce string) error {
 	st := statement{
-		method: req.Method, authority: req.Host, digest: digestField(body),
+		method: req.Method, authority: req.Host, digest: body.Field(),
 		created: created.Unix(), nonce: nonce, key: s.Key(),
 	}
 	if st.method == "" { // as net/http reads it
@@ -114,7 +143,7 @@ func Sign(req *http.Request, body []byte, s Signer, created time.Time, nonce str
 	if req.URL.Fragment != "" || req.URL.User != nil {
 		return bus.E(bus.Invalid, "cannot sign a request whose URL has a fragment or a user")
 	}
-	why := checkFraming(req, body)
+	why := checkFraming(req)
 	if why == "" {
 		st.path, st.query, why = splitTarget(req.URL.RequestURI())
 	}
@@ -150,23 +179,43 @@ func Sign(req *http.Request, body []byte, s Signer, created time.Time, nonce str
 // All errors are Unauthenticated; see ErrSkew for the one that a client can
 // mend.
 func Verify(r *http.Request, body []byte, authorities []string, now time.Time) (Verified, error) {
-	st, signature, why := parse(r, body)
+	if len(body) > MaxBody {
+		return Verified{}, refusal(tooLarge)
+	}
+	v, digest, err := VerifyStream(r, authorities, now)
+	if err != nil && !errors.Is(err, ErrSkew) {
+		return v, err
+	}
+	if digest != DigestOf(body) {
+		return Verified{}, refusal("Content-Digest is not that of the body")
+	}
+	return v, err
+}
+
+// VerifyStream is Verify for a body that was not read yet. Whoever acts upon it
+// must first have read all of it, found the digest that is returned, and found
+// no trailers, which show only then.
+func VerifyStream(r *http.Request, authorities []string, now time.Time) (Verified, Digest, error) {
+	st, signature, why := parse(r)
 	if why == "" && !accepted(st.authority, authorities) {
 		why = "the authority is not one of this server"
 	}
 	if why != "" {
-		return Verified{}, bus.E(bus.Unauthenticated, "request refused: %s", why)
+		return Verified{}, Digest{}, refusal(why)
 	}
 	if !ed25519.Verify(st.key[:], st.base(), signature) && !guard.Off(guard.RequestSignature) {
-		return Verified{}, bus.E(bus.Unauthenticated, "request refused: wrong signature of %s", st.key)
+		return Verified{}, Digest{}, refusal("wrong signature of " + st.key.NKey())
 	}
+	digest, _ := ParseDigest(st.digest) // parse has seen that it is one
 	// The window comes last, so that ErrSkew is said of a genuine request only.
 	created := time.Unix(st.created, 0)
 	if age := now.Sub(created); age > Window || age < -Window {
-		return Verified{}, bus.E(bus.Unauthenticated, "request of %s refused: %w by %s", st.key, ErrSkew, (age.Abs() - Window).Round(time.Millisecond))
+		return Verified{}, digest, bus.E(bus.Unauthenticated, "request of %s refused: %w by %s", st.key, ErrSkew, (age.Abs() - Window).Round(time.Millisecond))
 	}
-	return Verified{Key: st.key, Nonce: st.nonce, Created: created}, nil
+	return Verified{Key: st.key, Nonce: st.nonce, Created: created}, digest, nil
 }
+
+func refusal(why string) error { return bus.E(bus.Unauthenticated, "request refused: %s", why) }
 
 func accepted(authority string, authorities []string) bool {
 	for _, a := range authorities {
@@ -179,8 +228,8 @@ func accepted(authority string, authorities []string) bool {
 
 // parse takes a request apart and accounts for every byte of the three
 // headers. why is empty, or says what is wrong with it.
-func parse(r *http.Request, body []byte) (st statement, signature []byte, why string) {
-	if why = checkFraming(r, body); why != "" {
+func parse(r *http.Request) (st statement, signature []byte, why string) {
+	if why = checkFraming(r); why != "" {
 		return st, nil, why
 	}
 	inputs, signatures, digests := r.Header.Values("Signature-Input"), r.Header.Values("Signature"), r.Header.Values("Content-Digest")
@@ -197,9 +246,10 @@ func parse(r *http.Request, body []byte) (st statement, signature []byte, why st
 	if r.URL == nil || r.URL.Host != "" || r.URL.EscapedPath() != st.path || "?"+r.URL.RawQuery != st.query {
 		return st, nil, "the URL is not the one that was sent"
 	}
-	if st.digest = digestField(body); digest != st.digest {
-		return st, nil, "Content-Digest is not that of the body"
+	if _, ok := ParseDigest(digest); !ok {
+		return st, nil, "Content-Digest is not of the profile " + Tag
 	}
+	st.digest = digest
 
 	// Values are cut out wherever they seem to be; the comparison below is what
 	// refuses everything but the one spelling.
@@ -232,10 +282,8 @@ func parse(r *http.Request, body []byte) (st statement, signature []byte, why st
 
 // checkFraming refuses whatever makes the bytes that were digested others than
 // those that are acted upon.
-func checkFraming(r *http.Request, body []byte) (why string) {
+func checkFraming(r *http.Request) (why string) {
 	switch {
-	case len(body) > MaxBody:
-		return "the body is larger than 64 KiB"
 	case len(r.Header.Values("Content-Encoding")) > 0:
 		return "Content-Encoding is not part of the profile"
 	case len(r.Trailer) > 0 || len(r.Header.Values("Trailer")) > 0:
