@@ -53,4 +53,7 @@ const (
 	DeployLook         Name = "deploy-look"          // off: what a node has and is does not stop a stage
 	RolloutGate        Name = "rollout-gate"         // off: one more node goes down whatever the cluster is like
 	RolloutStop        Name = "rollout-stop"         // off: a rollout goes on behind a node that did not come back
+	BlobBarrier        Name = "blob-barrier"         // off: a directory of files is read without proof that it is current
+	BlobLimits         Name = "blob-limits"          // off: a room may store any number of files of any size
+	BlobDigest         Name = "blob-digest"          // off: what was uploaded is not held to the digest that was signed
 )

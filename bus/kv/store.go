@@ -114,6 +114,9 @@ func (s *Store) As(c Caller) *Store {
 	return &out
 }
 
+// Caller is on whose behalf this Store makes changes.
+func (s *Store) Caller() Caller { return s.caller }
+
 // begin marks a decision as being in flight; end, that it can have no further
 // effect. Both may be called at any time, by one goroutine.
 func (s *Store) begin() {
