@@ -34,6 +34,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"golang.org/x/time/rate"
 
+	"unibus.internal/bus"
 	"unibus.internal/bus/kv"
 	"unibus.internal/services/membership/api"
 	"unibus.internal/services/membership/recorder"
@@ -66,6 +67,7 @@ type config struct {
 	rateKey, rateAddress     api.Rate
 	rateRoom                 api.Rate
 	maxRequests              int
+	blobs                    bus.BlobLimits
 	check                    bool
 }
 
@@ -98,6 +100,7 @@ func parseConfig(args []string, getenv func(string) string, stderr io.Writer) (c
 	fs.StringVar(&rateAddress, "rate-address", env("UNIBUS_RATE_ADDRESS", "200:800"), "requests of one address, PER_SECOND:BURST ($UNIBUS_RATE_ADDRESS)")
 	fs.StringVar(&rateRoom, "rate-room", env("UNIBUS_RATE_ROOM", "2000:4000"), "messages that this node records of one durable room, PER_SECOND:BURST ($UNIBUS_RATE_ROOM)")
 	fs.StringVar(&maxRequests, "max-requests", env("UNIBUS_MAX_REQUESTS", "256"), "signed requests in flight at most ($UNIBUS_MAX_REQUESTS)")
+	blobs := fs.String("blob-limits", env("UNIBUS_BLOB_LIMITS", "2GiB:1000"), "how much one room may store, SIZE:FILES; the same on every node ($UNIBUS_BLOB_LIMITS)")
 	fs.BoolVar(&c.check, "check", false, "check the configuration and exit")
 	if err := fs.Parse(args); err != nil {
 		return c, err
@@ -121,6 +124,9 @@ func parseConfig(args []string, getenv func(string) string, stderr io.Writer) (c
 	}
 	monitor, err := api.NewMonitor(c.monitorURL)
 	if err != nil {
+		return c, err
+	}
+	if c.blobs, err = bus.ParseBlobLimits(*blobs); err != nil {
 		return c, err
 	}
 	return c, errors.Join(onLoopback("admin", c.adminListen), onLoopback("monitor", monitor.Address()))
@@ -257,6 +263,19 @@ func run(ctx context.Context, args []string, getenv func(string) string, stderr 
 	audit := kv.OpenAudit(kv.AuditConfig{
 		Conn: nc, Instance: view.Instance(), Log: log, Now: time.Now, Signer: kv.SeedSigner(seed),
 	})
+	// A connection of its own: no message and no decision waits behind a file.
+	files, err := kv.Connect(kv.Link{
+		URL: c.natsURL, SeedFile: filepath.Join(c.creds, "membership-bus.nk"), CAFile: c.ca,
+		Name: "unibus-membership " + c.node + " files", Inbox: "_INBOX_membership", Timeout: 5 * time.Second,
+	})
+	if err != nil {
+		return fail(log, exitConfig, err)
+	}
+	defer files.Close()
+	blobs, err := kv.OpenBlobs(kv.BlobsConfig{Conn: files, View: view, Limits: c.blobs, Log: log})
+	if err != nil {
+		return fail(log, exitConfig, err)
+	}
 	health := api.NewHealth(api.HealthConfig{
 		Node: c.node, Version: version, View: view, Conn: nc, Roots: func() (*x509.CertPool, error) { return kv.Roots(c.ca) }, Certs: certs, Log: log, Now: time.Now,
 	})
@@ -275,7 +294,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stderr 
 	server := api.NewServer(api.Config{
 		Health: health, Log: log, Version: version,
 		TLS:  &tls.Config{GetCertificate: certs.Get, MinVersion: tls.VersionTLS12},
-		View: view, Store: store, Audit: audit, Rooms: record, Conn: nc, Lease: c.lease,
+		View: view, Store: store, Audit: audit, Rooms: record, Conn: nc, Blobs: blobs, Lease: c.lease,
 		Authorities: c.authorities, Proxies: c.proxies, RateKey: c.rateKey, RateAddress: c.rateAddress, MaxRequests: c.maxRequests,
 		Metrics: registry,
 	})
@@ -288,7 +307,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stderr 
 		return fail(log, exitUnavailable, err)
 	}
 	return serve(ctx, c, log, parts{
-		nc: nc, rooms: rooms, recorder: record, view: view, store: store, audit: audit, health: health, certs: certs, registry: registry,
+		nc: nc, rooms: rooms, recorder: record, view: view, store: store, blobs: blobs, audit: audit, health: health, certs: certs, registry: registry,
 		server: server, ln: ln, admin: admin,
 	})
 }

@@ -34,6 +34,7 @@ type parts struct {
 	recorder *recorder.Recorder
 	view     *kv.View
 	store    *kv.Store
+	blobs    *kv.Blobs
 	audit    *kv.Audit
 	health   *api.Health
 	certs    *api.Certificates
@@ -76,6 +77,7 @@ func serve(ctx context.Context, c config, log *slog.Logger, p parts) int {
 	recording, stopRecording := context.WithCancel(lease)
 	defer stopRecording()
 	decides.Go(func() { p.recorder.Run(recording) })
+	background.Go(func() { keepBlobs(work, log, p) })
 	records.Go(func() { p.audit.Run(record) })
 	log.Info("serving", "node", c.node, "api", p.ln.Addr(), "admin", p.admin.Addr(), "version", version)
 
@@ -158,6 +160,44 @@ func reconcile(ctx context.Context, log *slog.Logger, view *kv.View, store *kv.S
 			log.Warn("reconciler", "err", err)
 		}
 		cancel()
+	}
+}
+
+// keepBlobs makes the store of files, and removes from it what interruptions
+// left. A node serves without it: until it is there, requests for files are
+// answered with Unavailable.
+func keepBlobs(ctx context.Context, log *slog.Logger, p parts) {
+	const retry = 2 * time.Second
+	ready, said := false, ""
+	for wait := time.Duration(0); ; {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(wait):
+		}
+		wait = reconcileEvery + rand.N(reconcileEvery)
+		bound, cancel := context.WithTimeout(ctx, 30*time.Second)
+		var err error
+		if !ready {
+			if err = p.blobs.Bootstrap(bound); err == nil {
+				ready = true
+				log.Info("the store of files is ready")
+			}
+			wait = retry
+		} else if _, held := p.view.Lease(); held {
+			var removed int
+			if removed, err = p.blobs.Reconcile(bound); removed > 0 {
+				log.Info("removed what interrupted uploads and deletions left", "files", removed)
+			}
+		}
+		cancel()
+		switch {
+		case err == nil:
+			said = ""
+		case err.Error() != said && ctx.Err() == nil:
+			said = err.Error()
+			log.Warn("files", "err", err)
+		}
 	}
 }
 

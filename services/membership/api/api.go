@@ -51,6 +51,7 @@ type Config struct {
 	Rooms *recorder.Recorder // what durable rooms store
 	Audit *kv.Audit          // running beside the View
 	Conn  *nats.Conn         // for reads of the audit
+	Blobs *kv.Blobs          // nil: the node stores no files
 	Lease time.Duration
 
 	Authorities []string       // host:port that clients may mean by this node; never empty
@@ -89,9 +90,14 @@ func NewServer(cfg Config) *Server {
 		view: cfg.View, store: cfg.Store, audit: t, log: cfg.Log, now: cfg.Now, random: cfg.Random, metrics: m,
 		authorities: cfg.Authorities, proxies: cfg.Proxies, patience: bodyTimeout,
 		addresses: newLimiter[netip.Prefix](cfg.RateAddress), keys: newLimiter[bus.UserKey](cfg.RateKey),
+		streams: streamRoutes(),
 		readers: make(chan struct{}, readersPerSlot*cfg.MaxRequests), slots: make(chan struct{}, cfg.MaxRequests),
 	}
-	a := &api{view: cfg.View, store: cfg.Store, stored: cfg.Rooms, conn: cfg.Conn, audit: t, now: cfg.Now, patrol: cfg.Lease + ProofMargin, verifying: make(chan struct{}, 1)}
+	a := &api{
+		view: cfg.View, store: cfg.Store, stored: cfg.Rooms, conn: cfg.Conn, blobs: cfg.Blobs, audit: t, now: cfg.Now, patrol: cfg.Lease + ProofMargin,
+		verifying: make(chan struct{}, 1), transfers: transfers{of: map[bus.UserKey]int{}}, metrics: m,
+	}
+	m.underWay(cfg.Metrics, a.transfers.count)
 	s := &Server{log: cfg.Log, public: publicRoutes(cfg.Health, openAPI(cfg.Version)), signed: signedRoutes(g, a)}
 	s.http = &http.Server{
 		Handler: http.HandlerFunc(s.route), TLSConfig: cfg.TLS,
@@ -135,6 +141,24 @@ func signedRoutes(g *gate, a *api) chi.Router {
 		exchangeOf(r).fail(errMethod)
 	})
 	return signed
+}
+
+// streamRoutes tells a request whose route takes the body as it comes, as the
+// router would.
+func streamRoutes() func(r *http.Request) bool {
+	routes := chi.NewRouter()
+	for _, o := range operations() {
+		if o.streams {
+			routes.Method(o.method, o.path, http.NotFoundHandler())
+		}
+	}
+	return func(r *http.Request) bool {
+		path := r.URL.RawPath
+		if path == "" {
+			path = r.URL.Path
+		}
+		return routes.Match(chi.NewRouteContext(), r.Method, path)
+	}
 }
 
 // route sends the probes and the documentation one way and all else the other.

@@ -52,13 +52,17 @@ type newcomer struct {
 
 // exchange is one request and its answer. It goes through one goroutine.
 type exchange struct {
-	gate  *gate
-	w     http.ResponseWriter
-	r     *http.Request
-	body  []byte
-	id    string
-	start time.Time
-	from  netip.Addr
+	gate *gate
+	w    http.ResponseWriter
+	r    *http.Request
+	body []byte
+	// streamed: the body was not read, and digest is what it must have. Else both
+	// are as they were sent.
+	streamed bool
+	digest   sig.Digest
+	id       string
+	start    time.Time
+	from     netip.Addr
 
 	route    string // pattern of the operation
 	key      bus.UserKey
@@ -99,7 +103,8 @@ type gate struct {
 	metrics     *metrics
 	authorities []string
 	proxies     []netip.Prefix
-	patience    time.Duration // with who sends a body slowly
+	patience    time.Duration              // with who sends a body slowly
+	streams     func(r *http.Request) bool // whether its route takes the body as it comes
 
 	addresses *limiter[netip.Prefix]
 	keys      *limiter[bus.UserKey]
@@ -147,6 +152,7 @@ func (g *gate) admit(x *exchange) (leave func(), err error) {
 	if err := g.lease(); err != nil {
 		return leave, err
 	}
+	x.streamed = g.streams(x.r)
 	if err := g.readBody(x); err != nil {
 		return leave, err
 	}
@@ -166,9 +172,9 @@ func (g *gate) lease() error {
 }
 
 // readBody reads all of the body, so that what is verified, decoded and acted
-// upon is one and the same.
+// upon is one and the same. Files are verified by who stores them: see putBlob.
 func (g *gate) readBody(x *exchange) error {
-	if x.r.ContentLength == 0 {
+	if x.streamed || x.r.ContentLength == 0 {
 		return nil
 	}
 	select {
@@ -188,7 +194,7 @@ func (g *gate) readBody(x *exchange) error {
 }
 
 func (g *gate) authenticate(x *exchange) error {
-	v, err := sig.Verify(x.r, x.body, g.authorities, g.now())
+	v, err := g.verify(x)
 	if err != nil {
 		if errors.Is(err, sig.ErrSkew) {
 			return x.refuse("skew", err)
@@ -219,6 +225,14 @@ func (g *gate) authenticate(x *exchange) error {
 	}
 	x.caller = &caller{key: v.Key, access: access, request: x.id, from: x.from.String()}
 	return nil
+}
+
+func (g *gate) verify(x *exchange) (v sig.Verified, err error) {
+	if !x.streamed {
+		return sig.Verify(x.r, x.body, g.authorities, g.now())
+	}
+	v, x.digest, err = sig.VerifyStream(x.r, g.authorities, g.now())
+	return v, err
 }
 
 // Where a key stands, in the words of the callout.

@@ -168,7 +168,11 @@ func (s *shape) bind(r *http.Request, body []byte, into any) error {
 		var values []string
 		switch p.in {
 		case "path":
-			values = []string{chi.URLParam(r, p.name)}
+			value := chi.URLParam(r, p.name)
+			if plain, err := url.PathUnescape(value); err == nil && r.URL.RawPath != "" && v.Field(p.field).Type() == reflect.TypeFor[bus.BlobName]() {
+				value = plain // clients differ in what they escape, and names may hold what some do
+			}
+			values = []string{value}
 		case "query":
 			known[p.name], values = true, query[p.name]
 		case "header":

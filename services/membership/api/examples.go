@@ -84,6 +84,14 @@ var (
 	}
 )
 
+var (
+	exampleBlob = bus.BlobInfo{
+		Name: "runbook.pdf", Size: 48_213, SHA256: exampleHex, CreatedAt: exampleTime, CreatedBy: exampleAlice.NKey(),
+	}
+	exampleBlobChange = bus.BlobChange{Room: "ops", Blob: exampleBlob}
+	exampleBlobList   = bus.BlobList{Room: "ops", Blobs: []bus.BlobInfo{exampleBlob}, Bytes: 48_213, MaxBytes: 2 << 30, MaxCount: 1000}
+)
+
 // exampleProblem is made by the code that makes the real ones.
 func exampleProblem(status int) bus.Problem {
 	for code, s := range statusOf {

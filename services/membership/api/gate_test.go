@@ -173,12 +173,13 @@ func TestMetricsAreWellNamed(t *testing.T) {
 	m.refused.WithLabelValues("skew").Inc()
 	m.nonces.WithLabelValues("replay").Inc()
 	m.limited.WithLabelValues("key").Inc()
+	m.underWay(reg, func() int { return 1 })
 	families, err := reg.Gather()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(families) != 11 {
-		t.Errorf("%d metrics, want 11", len(families))
+	if len(families) != 14 {
+		t.Errorf("%d metrics, want 14", len(families))
 	}
 	problems, err := promlint.NewWithMetricFamilies(families).Lint()
 	if err != nil {
@@ -190,7 +191,7 @@ func TestMetricsAreWellNamed(t *testing.T) {
 	for _, f := range families {
 		for _, series := range f.GetMetric() {
 			for _, l := range series.GetLabel() {
-				if !slices.Contains([]string{"route", "method", "code", "reason", "by", "change", "why"}, l.GetName()) || l.GetValue() == "BREW" {
+				if !slices.Contains([]string{"route", "method", "code", "reason", "by", "change", "why", "direction", "result"}, l.GetName()) || l.GetValue() == "BREW" {
 					t.Errorf("%s has the label %s=%s", f.GetName(), l.GetName(), l.GetValue())
 				}
 			}

@@ -40,6 +40,10 @@ const (
 	roomKeys        action = "room.keys"
 	roomRekey       action = "room.rekey"
 	roomGrant       action = "room.grant"
+	blobList        action = "room.blob.list"
+	blobGet         action = "room.blob.get"
+	blobPut         action = "room.blob.put"
+	blobDelete      action = "room.blob.delete"
 	auditList       action = "audit.list"
 	auditVerify     action = "audit.verify"
 )
@@ -97,6 +101,10 @@ func may(s subject, act action, t target) error {
 			return nil
 		}
 		return inRoom(s, t, t.role == bus.Owner)
+	case blobList, blobGet:
+		return member(t, t.role.Rank() > 0)
+	case blobPut, blobDelete:
+		return member(t, t.role.MayPublish())
 	}
 	return bus.E(bus.Forbidden, "nobody may do this")
 }
@@ -117,6 +125,15 @@ func inRoom(s subject, t target, allowed bool) error {
 		return noRoom(t.room)
 	}
 	return allow(allowed, "only an owner of the room or an admin may do this")
+}
+
+// member decides about what is said and stored in a room: it is its members', and
+// no admin's who is not one of them.
+func member(t target, allowed bool) error {
+	if t.role.Rank() == 0 {
+		return noRoom(t.room)
+	}
+	return allow(allowed, "only a writer or an owner of the room may do this")
 }
 
 func noRoom(id bus.RoomID) error {

@@ -89,6 +89,8 @@ type metrics struct {
 	proofs       *prometheus.HistogramVec
 	unproven     *prometheus.CounterVec
 	closed       prometheus.Counter
+	transfers    *prometheus.CounterVec
+	transferred  *prometheus.CounterVec
 }
 
 // newMetrics registers the metrics of the API; dropped counts what the writer
@@ -127,6 +129,18 @@ func newMetrics(reg prometheus.Registerer, dropped func() uint64) *metrics {
 		closed: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "unibus_connections_closed_total", Help: "Connections that changes and kicks asked of this node have closed.",
 		}),
+		transfers: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "unibus_blob_transfers_total", Help: "Files that were received (in) or sent (out), whole or by range: done, or failed under way.",
+		}, []string{"direction", "result"}),
+		transferred: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "unibus_blob_bytes_total", Help: "Bytes of files that were received (in) or sent (out).",
+		}, []string{"direction"}),
+	}
+	for _, way := range []string{transferIn, transferOut} {
+		m.transferred.WithLabelValues(way)
+		for _, result := range []string{transferDone, transferFailed} {
+			m.transfers.WithLabelValues(way, result)
+		}
 	}
 	for _, change := range []string{changeNarrows, changeOther} { // there at zero, so that the first one is a rise
 		m.proofs.WithLabelValues(change)
@@ -143,11 +157,26 @@ func newMetrics(reg prometheus.Registerer, dropped func() uint64) *metrics {
 	for _, reason := range []string{"signature", "skew", "replay", "unknown", standingRevoked} {
 		m.refused.WithLabelValues(reason)
 	}
-	reg.MustRegister(m.requests, m.duration, m.refused, m.nonces, m.limited, m.auditFailed, m.auditDropped, m.proofs, m.unproven, m.closed,
+	reg.MustRegister(m.requests, m.duration, m.refused, m.nonces, m.limited, m.auditFailed, m.auditDropped, m.proofs, m.unproven, m.closed, m.transfers, m.transferred,
 		prometheus.NewCounterFunc(prometheus.CounterOpts{
 			Name: "unibus_audit_dropped_total", Help: "Entries that the audit's writer had to drop.",
 		}, func() float64 { return float64(dropped()) }))
 	return m
+}
+
+// The values of the labels of transfers.
+const (
+	transferIn     = "in"
+	transferOut    = "out"
+	transferDone   = "done"
+	transferFailed = "failed"
+)
+
+// underWay shows how many files are on their way now.
+func (m *metrics) underWay(reg prometheus.Registerer, count func() int) {
+	reg.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "unibus_blob_transfers_in_flight", Help: "Files on their way through this node.",
+	}, func() float64 { return float64(count()) }))
 }
 
 func (m *metrics) observe(route, method string, status int, took time.Duration) {

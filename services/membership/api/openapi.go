@@ -14,7 +14,7 @@ import (
 
 // operations is the whole API below /v1, in the order of the documentation.
 func operations() []operation {
-	return slices.Concat(userOperations(), connectionOperations(), inviteOperations(), roomOperations(), keyOperations(), auditOperations())
+	return slices.Concat(userOperations(), connectionOperations(), inviteOperations(), roomOperations(), keyOperations(), blobOperations(), auditOperations())
 }
 
 // always are the errors that every operation may answer with.
@@ -24,17 +24,19 @@ var always = []int{
 }
 
 var meaning = map[int]string{
-	http.StatusOK:                  "Done, or so already.",
-	http.StatusCreated:             "Made.",
-	http.StatusAccepted:            "Committed, and not proven: somebody may still decide on the state before. Repeating it proves it.",
-	http.StatusBadRequest:          "Can never succeed as written.",
-	http.StatusUnauthorized:        "The caller is not known: the same answer for every path, method and cause.",
-	http.StatusForbidden:           "The caller is known, and may not do this.",
-	http.StatusNotFound:            "Not there, or not for this caller.",
-	http.StatusConflict:            "The state moved on, or does not allow it.",
-	http.StatusTooManyRequests:     "Too many requests from this key or address.",
-	http.StatusInternalServerError: "A fault of the service; no details.",
-	http.StatusServiceUnavailable:  "Cannot know now: no quorum, no lease, or too much to do. Nothing was changed, or it is said that something may have been.",
+	http.StatusOK:                           "Done, or so already.",
+	http.StatusCreated:                      "Made.",
+	http.StatusAccepted:                     "Committed, and not proven: somebody may still decide on the state before. Repeating it proves it.",
+	http.StatusBadRequest:                   "Can never succeed as written.",
+	http.StatusUnauthorized:                 "The caller is not known: the same answer for every path, method and cause.",
+	http.StatusForbidden:                    "The caller is known, and may not do this.",
+	http.StatusNotFound:                     "Not there, or not for this caller.",
+	http.StatusPartialContent:               "A range of it.",
+	http.StatusRequestedRangeNotSatisfiable: "The file has no such range; Content-Range says how long it is.",
+	http.StatusConflict:                     "The state moved on, or does not allow it.",
+	http.StatusTooManyRequests:              "Too many requests from this key or address.",
+	http.StatusInternalServerError:          "A fault of the service; no details.",
+	http.StatusServiceUnavailable:           "Cannot know now: no quorum, no lease, or too much to do. Nothing was changed, or it is said that something may have been.",
 }
 
 // object is written in the order that encoding/json gives maps: sorted.
@@ -85,7 +87,7 @@ func openAPI(version string) []byte {
 		},
 		"servers":  []object{{"url": "/"}},
 		"security": []object{{"signature": []string{}}},
-		"tags":     []object{{"name": "users"}, {"name": "connections"}, {"name": "invites"}, {"name": "rooms"}, {"name": "keys"}, {"name": "audit"}, {"name": "probes"}},
+		"tags":     []object{{"name": "users"}, {"name": "connections"}, {"name": "invites"}, {"name": "rooms"}, {"name": "keys"}, {"name": "blobs"}, {"name": "audit"}, {"name": "probes"}},
 		"paths":    paths,
 		"components": object{
 			"schemas": c.components, "responses": responses,
@@ -102,6 +104,9 @@ func openAPI(version string) []byte {
 	}
 	return append(out, '\n')
 }
+
+// binary is a body of bytes.
+var binary = object{"type": "string", "format": "binary"}
 
 func (o *operation) document(c *schemas) object {
 	doc := object{"operationId": o.id, "tags": []string{o.tag}, "summary": o.summary}
@@ -130,16 +135,26 @@ func (o *operation) document(c *schemas) object {
 		}
 		doc["requestBody"] = object{"required": true, "content": object{"application/json": content}}
 	}
+	if o.streams {
+		doc["requestBody"] = object{"required": true, "content": object{octets: object{"schema": binary}}}
+	}
 	responses := object{}
 	headers := object{"X-Request-Id": object{"$ref": "#/components/headers/RequestId"}}
-	if o.tagged {
+	content := object{"application/json": object{"schema": c.of(o.out), "example": o.answer}}
+	switch {
+	case o.content != "":
+		content = object{o.content: object{"schema": binary}}
+		for name, what := range map[string]string{
+			"ETag": "The SHA-256 in hex, for If-Match.", "Repr-Digest": "Of the whole file (RFC 9530).",
+			"Accept-Ranges": "bytes", "Content-Range": "With 206.",
+		} {
+			headers[name] = object{"description": what, "schema": object{"type": "string"}}
+		}
+	case o.tagged:
 		headers["ETag"] = object{"description": "The revision, for If-Match.", "schema": object{"type": "string"}}
 	}
 	for _, status := range o.statuses {
-		responses[strconv.Itoa(status)] = object{
-			"description": meaning[status], "headers": headers,
-			"content": object{"application/json": object{"schema": c.of(o.out), "example": o.answer}},
-		}
+		responses[strconv.Itoa(status)] = object{"description": meaning[status], "headers": headers, "content": content}
 	}
 	for _, status := range append(slices.Clone(o.errors), always...) {
 		responses[strconv.Itoa(status)] = object{"$ref": fmt.Sprintf("#/components/responses/%d", status)}

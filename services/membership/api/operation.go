@@ -30,8 +30,10 @@ type operation struct {
 	spec
 	shape    *shape
 	out      reflect.Type
-	statuses []int // of success
-	tagged   bool  // answers with an ETag
+	statuses []int  // of success
+	tagged   bool   // answers with an ETag
+	streams  bool   // takes a body of any kind, which nobody has read yet
+	content  string // media type of a success that is not JSON
 	serve    func(a *api, x *exchange) error
 }
 
@@ -41,11 +43,14 @@ type api struct {
 	store  *kv.Store
 	stored *recorder.Recorder // of durable rooms
 	conn   *nats.Conn         // reads of the audit
+	blobs  *kv.Blobs          // nil: this node stores no files
 	audit  *trail
 	now    func() time.Time
 	patrol time.Duration // how long a change may take: a lease, and the doubt around it
 
 	verifying chan struct{} // one at a time reads the whole audit
+	transfers transfers
+	metrics   *metrics
 }
 
 // tagged is an answer about one record, whose revision is its ETag.
@@ -335,7 +340,11 @@ func (o *operation) handler(a *api) http.HandlerFunc {
 		x := exchangeOf(r)
 		x.r, x.route = r, o.path
 		var err error = errRefused
-		if x.caller != nil || x.newcomer != nil && o.id == enrollID {
+		switch {
+		case x.caller == nil && (x.newcomer == nil || o.id != enrollID):
+		case x.streamed != o.streams: // the gate took it for another route, and has not held its body to the signature
+			err = bus.E(bus.Internal, "the body for %s is not as its route wants it", o.id)
+		default:
 			err = o.serve(a, x)
 		}
 		if err != nil {

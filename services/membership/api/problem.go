@@ -59,6 +59,9 @@ func problemOf(err error, requestID string) (bus.Problem, http.Header) {
 	if errors.Is(err, errMethod) {
 		p.Status, p.Title = http.StatusMethodNotAllowed, http.StatusText(http.StatusMethodNotAllowed)
 	}
+	if errors.Is(err, errRange) {
+		p.Status, p.Title = http.StatusRequestedRangeNotSatisfiable, http.StatusText(http.StatusRequestedRangeNotSatisfiable)
+	}
 	if code == bus.Unavailable {
 		retry := retryAfter
 		if l := new(limited); errors.As(err, &l) {

@@ -2,6 +2,7 @@ package api
 
 import (
 	"context"
+	"errors"
 	"net/http"
 	"slices"
 	"time"
@@ -205,7 +206,7 @@ func (a *api) patchRoom(_ *caller, in *patchRoomRequest) (plan, error) {
 
 type archiveRoomRequest struct {
 	Room     bus.RoomID `path:"room"`
-	Messages string     `query:"messages" enum:"keep,purge" default:"keep" doc:"what a durable room has stored: keep it for who was in it at the end, or take it away"`
+	Messages string     `query:"messages" enum:"keep,purge" default:"keep" doc:"what the room has stored, messages and files: keep it for who was in it at the end, or take it away"`
 }
 
 func (a *api) archiveRoom(_ *caller, in *archiveRoomRequest) (plan, error) {
@@ -214,8 +215,14 @@ func (a *api) archiveRoom(_ *caller, in *archiveRoomRequest) (plan, error) {
 		action: roomArchive, target: a.aboutRoom(in.Room, bus.UserKey{}), detail: summary("messages", in.Messages),
 		do: func(ctx context.Context, s *kv.Store) (effect, error) {
 			done, err := changed(s.ArchiveRoom(ctx, in.Room, purge))
-			if r, _, _ := a.view.Room(in.Room); err == nil && purge && r.Durable {
+			if err != nil || !purge {
+				return done, err
+			}
+			if r, _, _ := a.view.Room(in.Room); r.Durable {
 				err = a.stored.Purge(ctx, in.Room) // a recorder will, otherwise
+			}
+			if a.blobs != nil {
+				err = errors.Join(err, a.blobs.PurgeRoom(ctx, in.Room)) // the reconciler will, otherwise
 			}
 			return done, err
 		},

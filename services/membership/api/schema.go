@@ -138,6 +138,12 @@ func scalarOf(t reflect.Type) (schema, bool) {
 	case reflect.TypeFor[bus.Code]():
 		return enum("", string(bus.Invalid), string(bus.Unauthenticated), string(bus.Forbidden), string(bus.NotFound),
 			string(bus.Conflict), string(bus.Unavailable), string(bus.Internal)), true
+	case reflect.TypeFor[bus.BlobName]():
+		return str(bus.BlobNamePattern, "a file name"), true
+	case reflect.TypeFor[anyTag]():
+		return str(`^\*$`, ""), true
+	case reflect.TypeFor[blobTag]():
+		return str(`^"[0-9a-f]{64}"$`, ""), true
 	case reflect.TypeFor[revisionTag]():
 		return str(`^("[1-9][0-9]{0,17}"|\*)$`, "the ETag of what is to be changed"), true
 	case reflect.TypeFor[inviteID]():
