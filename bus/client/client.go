@@ -56,12 +56,13 @@ type Config struct {
 
 // Client makes signed requests of one identity. It is safe for concurrent use.
 type Client struct {
-	identity sig.Signer
-	http     *http.Client
-	nodes    []string // scheme and authority, nothing behind it
-	now      func() time.Time
-	rand     io.Reader
-	log      *slog.Logger
+	identity  sig.Signer
+	http      *http.Client
+	transfers *http.Client // of files: one connection each
+	nodes     []string     // scheme and authority, nothing behind it
+	now       func() time.Time
+	rand      io.Reader
+	log       *slog.Logger
 
 	mu      sync.Mutex
 	first   int             // index of the node that answered last
@@ -99,11 +100,12 @@ func New(cfg Config) (*Client, error) {
 		trust = cfg.TLS.Clone()
 	}
 	transport := &http.Transport{
-		DialContext:         (&net.Dialer{Timeout: dialTimeout}).DialContext,
-		TLSClientConfig:     trust,
-		TLSHandshakeTimeout: tlsTimeout,
-		IdleConnTimeout:     idleTimeout,
-		DisableCompression:  true,
+		DialContext:           (&net.Dialer{Timeout: dialTimeout}).DialContext,
+		TLSClientConfig:       trust,
+		TLSHandshakeTimeout:   tlsTimeout,
+		IdleConnTimeout:       idleTimeout,
+		ExpectContinueTimeout: readTimeout,
+		DisableCompression:    true,
 	}
 	if cfg.CAFile != "" {
 		if _, err := roots(cfg.CAFile); err != nil {
@@ -111,11 +113,12 @@ func New(cfg Config) (*Client, error) {
 		}
 		transport.DialTLSContext = dialTrusting(trust, cfg.CAFile)
 	}
-	c.http = &http.Client{
-		Transport: transport,
-		// A signature names one server and one path; it is not handed on.
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-	}
+	// A signature names one server and one path; it is not handed on.
+	stay := func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
+	c.http = &http.Client{Transport: transport, CheckRedirect: stay}
+	single := transport.Clone()
+	single.DisableKeepAlives, single.WriteBufferSize, single.ReadBufferSize = true, transferBuffer, transferBuffer
+	c.transfers = &http.Client{Transport: single, CheckRedirect: stay}
 	return c, nil
 }
 
