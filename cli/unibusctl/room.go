@@ -83,7 +83,7 @@ func (a *app) roomCommand() *cli.Command {
 				Flags:       []cli.Flag{&cli.BoolFlag{Name: "all", Usage: "also those who left or were removed"}},
 				Action:      a.roomMembers,
 			},
-		}, append(a.talkCommands(), a.keyCommands()...)...),
+		}, slices.Concat(a.talkCommands(), a.keyCommands(), a.fileCommands())...),
 	}
 }
 
