@@ -35,6 +35,7 @@ func TestAPI(t *testing.T) {
 		{"invites", a.invites},
 		{"rooms", a.rooms},
 		{"keys", a.keys},
+		{"files", a.files},
 		{"rotate", a.rotate},
 		{"audit", a.audit},
 		{"connections", a.connections},
@@ -162,12 +163,15 @@ func (d *apiDocument) check(method, path string, r *apiResponse) error {
 	if err != nil {
 		return fmt.Errorf("content type %q is not documented: %w", kind, err)
 	}
+	if strings.HasPrefix(template, "/v1/") && r.header.Get("X-Request-Id") == "" {
+		return fmt.Errorf("no X-Request-Id")
+	}
+	if kind == "application/octet-stream" {
+		return nil
+	}
 	value, err := jsonschema.UnmarshalJSON(bytes.NewReader(r.body))
 	if err != nil {
 		return err
-	}
-	if strings.HasPrefix(template, "/v1/") && r.header.Get("X-Request-Id") == "" {
-		return fmt.Errorf("no X-Request-Id")
 	}
 	return schema.Validate(value)
 }
@@ -729,6 +733,64 @@ func (a *apiWorld) limits(t *testing.T) {
 	if slices.ContainsFunc(p.Records, func(r bus.AuditRecord) bool { return r.From == "203.0.113.9" }) {
 		t.Error("an address that the client made up is in the audit")
 	}
+}
+
+// putFile stores a file over the API as it is documented.
+func (a *apiWorld) putFile(t *testing.T, p *person, path string, data []byte) *apiResponse {
+	t.Helper()
+	r, err := a.api(1, p).send(t.Context(), apiRequest{
+		method: "PUT", path: path, body: data, stream: true, header: http.Header{"Content-Type": {"application/octet-stream"}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := a.doc.check("PUT", path, r); err != nil {
+		t.Errorf("PUT %s answered %s\nwhich is not documented: %v", path, r, err)
+	}
+	return r
+}
+
+// Every answer about files is one that the document describes. What they do is
+// in TestBlobs.
+func (a *apiWorld) files(t *testing.T) {
+	alice, bob := a.as(a.alice), a.as(a.bob)
+	alice.want(t, http.StatusCreated, "POST", "/v1/rooms", dict{"room": "files"})
+	alice.changes(t, "PUT", "/v1/rooms/files/members/bob", dict{"role": "reader"})
+	const path = "/v1/rooms/files/blobs/a%20file.txt"
+	for _, q := range []struct {
+		who  *person
+		data string
+		want int
+	}{{a.alice, "one", 201}, {a.alice, "one", 200}, {a.alice, "two", 201}, {a.bob, "three", 403}, {a.admin, "four", 404}} {
+		if r := a.putFile(t, q.who, path, []byte(q.data)); r.status != q.want {
+			t.Errorf("put as %s: %s, want %d", q.who.name, r, q.want)
+		}
+	}
+	if r := bob.want(t, 200, "GET", path, nil); string(r.body) != "two" {
+		t.Errorf("get: %s", r)
+	}
+	bob.want(t, 404, "GET", path+"x", nil)
+	var list bus.BlobList
+	bob.want(t, 200, "GET", "/v1/rooms/files/blobs", nil).decode(t, &list)
+	if len(list.Blobs) != 1 || list.Bytes != 3 {
+		t.Errorf("list: %+v", list)
+	}
+	bob.want(t, 403, "DELETE", path, nil)
+	for _, already := range []bool{false, true} {
+		var gone bus.BlobChange
+		alice.want(t, 200, "DELETE", path, nil).decode(t, &gone)
+		if gone.Already != already {
+			t.Errorf("delete: %+v", gone)
+		}
+	}
+	cluster.WaitFor(t, 10*time.Second, "two files stored and two deletions in the audit", func() error {
+		var out struct{ Records []bus.AuditRecord }
+		a.root.want(t, 200, "GET", "/v1/audit?action=room.blob.*&kind=outcome", nil).decode(t, &out)
+		if len(out.Records) != 4 {
+			return fmt.Errorf("%+v", out.Records)
+		}
+		return nil
+	})
 }
 
 // Nothing that is documented was left out above.

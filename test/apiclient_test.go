@@ -39,7 +39,7 @@ func (w *world) api(i int, p *person) *apiClient {
 func apiHTTP(t testing.TB, trust *tls.Config) *http.Client {
 	c := &http.Client{
 		Timeout:       30 * time.Second,
-		Transport:     &http.Transport{TLSClientConfig: trust.Clone(), MaxIdleConnsPerHost: 256, MaxConnsPerHost: 256},
+		Transport:     &http.Transport{TLSClientConfig: trust.Clone(), MaxIdleConnsPerHost: 256, MaxConnsPerHost: 256, ExpectContinueTimeout: 5 * time.Second},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
 	t.Cleanup(c.CloseIdleConnections)
@@ -56,6 +56,7 @@ type apiRequest struct {
 	method, path string
 	host         string // the authority to sign for; empty: that of the node
 	body         []byte
+	stream       bool                  // the body is a file
 	header       http.Header           // on top of what signing and a body need
 	created      time.Time             // zero: now
 	nonce        string                // empty: a new one
@@ -121,7 +122,12 @@ func (c *apiClient) build(ctx context.Context, q apiRequest) (*http.Request, err
 		if q.created.IsZero() {
 			q.created = time.Now()
 		}
-		if err := sig.Sign(r, q.body, c.signer, q.created, q.nonce); err != nil {
+		if q.stream {
+			err = sig.SignStream(r, sig.DigestOf(q.body), c.signer, q.created, q.nonce)
+		} else {
+			err = sig.Sign(r, q.body, c.signer, q.created, q.nonce)
+		}
+		if err != nil {
 			return nil, err
 		}
 	}

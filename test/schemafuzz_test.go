@@ -91,6 +91,7 @@ type fuzzOp struct {
 	id, method, path string
 	params           []fuzzParam
 	body             map[string]any // its schema; nil: it takes none
+	file             bool           // the body is a file
 	check            *jsonschema.Schema
 }
 
@@ -141,6 +142,11 @@ func newSchemaFuzz(t *testing.T, seed uint64) *schemaFuzz {
 	roster, _, body := epochOf(t, f.sealer, "vault", nil, map[*person]bus.RoomRole{f.sealer: bus.Owner})
 	f.as(f.sealer).changes(t, "POST", "/v1/rooms/vault/epochs", body)
 	_, _, f.epoch = epochOf(t, f.sealer, "vault", roster, map[*person]bus.RoomRole{f.sealer: bus.Owner})
+	for _, name := range []string{"file", "refuse"} {
+		if r := f.putFile(t, f.admin, "/v1/rooms/lab/blobs/"+name, []byte("contents")); r.status != http.StatusCreated {
+			t.Fatal(r)
+		}
+	}
 	for i := range 16 {
 		var made struct{ Invite bus.InviteCreated }
 		f.root.want(t, http.StatusCreated, "POST", "/v1/invites", dict{"role": "member"}).decode(t, &made)
@@ -178,8 +184,11 @@ func (f *schemaFuzz) operation(t *testing.T, path, method string, raw map[string
 		})
 	}
 	if body, ok := raw["requestBody"].(map[string]any); ok {
-		o.body = body["content"].(map[string]any)["application/json"].(map[string]any)["schema"].(map[string]any)
-		o.check = compile("/requestBody/content/" + pointer("application/json") + "/schema")
+		document, ok := body["content"].(map[string]any)["application/json"].(map[string]any)
+		if o.file = !ok; ok {
+			o.body = document["schema"].(map[string]any)
+			o.check = compile("/requestBody/content/" + pointer("application/json") + "/schema")
+		}
 	}
 	return o
 }
@@ -260,6 +269,10 @@ func (f *schemaFuzz) build(i int) *fuzzCase {
 	}
 	query := url.Values{}
 	var raw []byte
+	if c.op.file {
+		c.header.Set("Content-Type", "application/octet-stream")
+		body = strings.Repeat("contents", rng.IntN(20))
+	}
 	if round > 1 && rng.IntN(2) == 0 {
 		body = f.spoil(rng, c, values, query, body)
 	}
@@ -374,7 +387,7 @@ func (f *schemaFuzz) spoil(rng *rand.Rand, c *fuzzCase, values map[string]any, q
 			did("the body")
 			if c.op.body == nil {
 				c.header.Set("Content-Type", "application/json")
-				c.refuse = c.refuse || body != nil
+				c.refuse = c.refuse || body != nil && !c.op.file
 			}
 			return body
 		}
@@ -397,6 +410,11 @@ func (f *schemaFuzz) queryIsFine(c *fuzzCase, query url.Values) bool {
 // spoilBytes breaks what no JSON value can express.
 func (f *schemaFuzz) spoilBytes(rng *rand.Rand, c *fuzzCase) {
 	did := func(what string, refuse bool) { c.changed = append(c.changed, what); c.refuse = c.refuse || refuse }
+	if c.op.file { // whose bytes may be any
+		c.body = bytes.Repeat([]byte{byte(c.i)}, rng.IntN(2*sig.MaxBody))
+		did("other bytes", false)
+		return
+	}
 	hasBody := c.op.body != nil
 	switch rng.IntN(9) {
 	case 0:
@@ -568,8 +586,22 @@ func (f *schemaFuzz) meant(rng *rand.Rand, c *fuzzCase, name string) any {
 			return list[0]
 		}
 		return pick(rng, list)
+	case "name":
+		switch {
+		case !strings.Contains(c.op.path, "/blobs/"):
+			return nil
+		case c.op.id == "deleteBlob":
+			return pick(rng, []string{"refuse", "stored-1", "stored-2"})
+		case c.op.id == "putBlob":
+			return fmt.Sprintf("stored-%d", rng.IntN(5))
+		case first:
+			return "file"
+		}
+		return pick(rng, []string{"file", "stored-0", "stored-3", "nothing"})
 	case "room":
 		switch {
+		case strings.Contains(c.op.path, "/blobs") && first: // the admin is no member of the others
+			return "lab"
 		case c.op.id == "createRoom":
 			return fmt.Sprintf("room-%d", c.i)
 		case c.op.id == "archiveRoom":
@@ -690,7 +722,7 @@ var oddPath = regexp.MustCompile(`//|/\.\.?(/|$)|/$|%(0|1|2e|2f|5c|7f)`)
 // ask sends one request and judges its answer.
 func (f *schemaFuzz) ask(t *testing.T, c *fuzzCase) {
 	client := f.api(c.i%3+1, c.signer)
-	q := apiRequest{method: c.method, path: c.path, body: c.body, header: c.header}
+	q := apiRequest{method: c.method, path: c.path, body: c.body, header: c.header, stream: c.op.file}
 	if _, err := client.build(t.Context(), q); err != nil { // no such thing can be signed
 		client.signer, c.unknown = nil, true
 		c.changed = append(c.changed, "unsigned")
