@@ -1,6 +1,7 @@
 package test
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -14,6 +15,7 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"unibus.internal/bus"
+	sdk "unibus.internal/bus/client"
 	"unibus.internal/test/cluster"
 )
 
@@ -37,6 +39,8 @@ func TestRooms(t *testing.T) {
 		{"names", r.names},
 		{"history", r.history},
 		{"retention", r.retention},
+		{"programs", r.programs},
+		{"commands", r.commands},
 		{"removed", r.removed},
 		{"archive", r.archived},
 	} {
@@ -351,6 +355,197 @@ func (r *rooms) retention(t *testing.T) {
 	r.root.want(t, http.StatusCreated, "POST", "/v1/rooms", dict{"room": "plain"})
 	r.root.want(t, http.StatusBadRequest, "PATCH", "/v1/rooms/plain", dict{"retention": bus.Retention{MaxMessages: 3}})
 	r.root.want(t, http.StatusConflict, "GET", "/v1/rooms/plain/messages", nil)
+}
+
+// Programs hear a durable room from where they want, ask and answer in it, and
+// are told what they may not do.
+func (r *rooms) programs(t *testing.T) {
+	r.root.want(t, http.StatusCreated, "POST", "/v1/rooms", dict{"room": "sdk", "durable": true})
+	r.root.changes(t, "PUT", "/v1/rooms/sdk/members/alice", dict{"role": "writer"})
+	r.root.changes(t, "PUT", "/v1/rooms/sdk/members/mallory", dict{"role": "writer"})
+	r.root.changes(t, "PUT", "/v1/rooms/sdk/members/bob", dict{"role": "reader"})
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	alice, bob := r.enter(t, r.alice, "sdk"), r.enter(t, r.bob, "sdk")
+	var at time.Time
+	for i := range 6 {
+		seq, err := alice.Publish(ctx, fmt.Sprintf("n.%d", i%2), []byte(fmt.Sprint(i)))
+		if err != nil || seq != uint64(i+1) {
+			t.Fatalf("message %d: stored as %d, %v", i, seq, err)
+		}
+	}
+	at = r.stored(t, "sdk")[3].Time
+	var heard []func()
+	for what, c := range map[string]struct {
+		hear sdk.Hear
+		want []uint64
+	}{
+		"from the start":  {sdk.Hear{From: sdk.FromStart()}, []uint64{1, 2, 3, 4, 5, 6, 7}},
+		"from a sequence": {sdk.Hear{From: sdk.FromSequence(5)}, []uint64{5, 6, 7}},
+		"from a time":     {sdk.Hear{From: sdk.FromTime(at)}, []uint64{4, 5, 6, 7}},
+		"from now":        {sdk.Hear{}, []uint64{7}},
+		"one topic":       {sdk.Hear{From: sdk.FromStart(), Topic: "n.1"}, []uint64{2, 4, 6}},
+		"from what comes": {sdk.Hear{From: sdk.FromSequence(7)}, []uint64{7}},
+	} {
+		var mu sync.Mutex
+		var got []uint64
+		hearing, err := bob.Subscribe(ctx, c.hear, func(m sdk.Message) {
+			mu.Lock()
+			defer mu.Unlock()
+			if m.Seq < 7 && string(m.Data) != fmt.Sprint(m.Seq-1) || m.Sender != r.alice.key || m.Room != "sdk" || m.Time.IsZero() {
+				t.Errorf("heard %+v", m)
+			}
+			got = append(got, m.Seq)
+		})
+		if err != nil {
+			t.Fatalf("%s: %v", what, err)
+		}
+		heard = append(heard, func() {
+			cluster.WaitFor(t, 20*time.Second, what, func() error {
+				mu.Lock()
+				defer mu.Unlock()
+				if !slices.Equal(got, c.want) {
+					return fmt.Errorf("%v, want %v; %+v", got, c.want, hearing.Stats())
+				}
+				return nil
+			})
+			hearing.Unsubscribe()
+		})
+	}
+	if _, err := alice.Publish(ctx, "n.0", []byte("6")); err != nil {
+		t.Fatal(err)
+	}
+	for _, check := range heard {
+		check()
+	}
+
+	mallory := r.enter(t, r.mallory, "sdk")
+	answering, err := mallory.Subscribe(ctx, sdk.Hear{Topic: "ask"}, func(m sdk.Message) {
+		if !m.Asked() {
+			t.Errorf("%+v asks for nothing", m)
+		}
+		go func() {
+			if err := mallory.Reply(ctx, m, append([]byte("answer to "), m.Data...)); err != nil {
+				t.Errorf("reply: %v", err)
+			}
+		}()
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range 3 {
+		answer, err := alice.Request(ctx, "ask", []byte(fmt.Sprint(i)))
+		if err != nil || answer.Sender != r.mallory.key || string(answer.Data) != fmt.Sprintf("answer to %d", i) {
+			t.Errorf("request %d: %+v %v", i, answer, err)
+		}
+	}
+	answering.Unsubscribe()
+
+	if _, err := bob.Publish(ctx, "n.0", nil); bus.CodeOf(err) != bus.Forbidden {
+		t.Errorf("a reader publishes: %v", err)
+	}
+	if _, err := r.dial(t, r.bob, nil).Room(ctx, "other"); bus.CodeOf(err) != bus.NotFound {
+		t.Errorf("a foreign room: %v", err)
+	}
+	history, err := bob.History(ctx, sdk.MessageQuery{Newest: true, Limit: 2})
+	if members, err2 := bob.Members(ctx); err != nil || err2 != nil || len(history) != 2 || len(members) != 4 {
+		t.Errorf("history %v %v, members %v %v", history, err, members, err2)
+	}
+	r.root.changes(t, "PATCH", "/v1/rooms/sdk", dict{"retention": bus.Retention{MaxMessages: 2}})
+	lost, first := make(chan [2]uint64, 1), make(chan uint64, 100)
+	hearing, err := bob.Subscribe(ctx, sdk.Hear{From: sdk.FromSequence(3), Topic: ">", OnLost: func(first, last uint64) { lost <- [2]uint64{first, last} }}, func(m sdk.Message) { first <- m.Seq })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer hearing.Unsubscribe()
+	select {
+	case got := <-lost:
+		if next := <-first; got[0] != 3 || next != got[1]+1 {
+			t.Errorf("lost %v, and heard from %d on", got, next)
+		}
+	case <-ctx.Done():
+		t.Errorf("nothing is said to be lost: %+v", hearing.Stats())
+	}
+}
+
+// People say and hear things by unibusctl, and check the bus as a client.
+func (r *rooms) commands(t *testing.T) {
+	r.root.want(t, http.StatusCreated, "POST", "/v1/rooms", dict{"room": "cli", "durable": true})
+	r.root.changes(t, "PUT", "/v1/rooms/cli/members/alice", dict{"role": "writer"})
+	seed := r.alice.seedFile(t)
+	run := func(code int, stdin, line string) cluster.Result {
+		t.Helper()
+		res := r.CLIEnvironment(map[string]string{"UNIBUS_IDENTITY": seed}, strings.NewReader(stdin), strings.Fields(line)...)
+		if res.Code != code {
+			t.Fatalf("%s: exit %d, want %d\n%s%s", line, res.Code, code, res.Stdout, res.Stderr)
+		}
+		return res
+	}
+	if res := run(0, "", "room pub cli hello --topic greet"); res.Stdout != "1\n" {
+		t.Errorf("stored as %q", res.Stdout)
+	}
+	if res := run(0, "a\nb b\nc\n", "room pub cli"); res.Stdout != "2\n3\n4\n" {
+		t.Errorf("stored as %q", res.Stdout)
+	}
+	run(0, `{"topic":"j.x","text":"from json","headers":[{"name":"Unibus-Mark","value":"1"}]}`+"\n"+`{"data":"/w=="}`+"\n", "room pub cli --lines json --json")
+	if res := run(1, "{\n", "room pub cli --lines json"); !strings.Contains(res.Stderr, "no message") {
+		t.Errorf("not JSON: %s", res.Stderr)
+	}
+	for line, want := range map[string][]string{
+		"room history cli --limit 2":                      {"alice j.x: from json", "alice text: \uFFFD"},
+		"room history cli --from start --topic text":      {"alice text: a", "alice text: b b", "alice text: c", "alice text: \uFFFD"},
+		"room sub cli --from 2 --count 2":                 {"alice text: a", "alice text: b b"},
+		"room sub cli --from 10m --follow --count 1":      {"alice greet: hello"},
+		"room history cli --from start --limit 1 --json":  {`"seq":1,`},
+		"room sub cli --from 5 --follow --count 1 --json": {`"headers":[{"name":"Unibus-Mark","value":"1"}`},
+		"room history cli --from 2090-01-01 --limit 0":    {},
+	} {
+		got := strings.Split(strings.TrimSuffix(run(0, "", line).Stdout, "\n"), "\n")
+		if len(want) == 0 && got[0] == "" {
+			continue
+		}
+		if len(got) != len(want) {
+			t.Errorf("%s: %q", line, got)
+			continue
+		}
+		for i := range want {
+			if !strings.Contains(got[i], want[i]) {
+				t.Errorf("%s: line %d is %q, want %q in it", line, i, got[i], want[i])
+			}
+		}
+	}
+	run(2, "", "room sub cli --direct")
+	run(1, "", "room sub cli --from yesterday")
+	if res := run(1, "", "room history sdk-no"); !strings.Contains(res.Stderr, "no room sdk-no") {
+		t.Errorf("a foreign room: %s", res.Stderr)
+	}
+	var report struct {
+		Status       string
+		Room         bus.RoomID
+		Sent, Stored uint64
+		CleanedUp    bool `json:"cleaned_up"`
+		Nodes        []struct {
+			Reached                               bool
+			Received, Lost, Duplicated, Reordered uint64
+		}
+	}
+	res := run(0, "", "check --duration 2s --rate 25 --json")
+	if err := json.Unmarshal([]byte(res.Stdout), &report); err != nil {
+		t.Fatalf("%v: %s", err, res.Stdout)
+	}
+	if report.Status != "ok" || report.Sent < 10 || report.Stored != report.Sent || len(report.Nodes) != 3 || !report.CleanedUp {
+		t.Errorf("check: %s", res.Stdout)
+	}
+	for _, n := range report.Nodes {
+		if !n.Reached || n.Received != report.Sent || n.Lost+n.Duplicated+n.Reordered != 0 {
+			t.Errorf("check: %+v", n)
+		}
+	}
+	var shown struct{ Room bus.RoomDetail }
+	r.api(1, r.alice).want(t, http.StatusOK, "GET", "/v1/rooms/"+string(report.Room), nil).decode(t, &shown)
+	if shown.Room.Status != bus.RoomArchived || !shown.Room.Purged {
+		t.Errorf("the room of the check is left: %+v", shown.Room)
+	}
 }
 
 // Who is removed is recorded no more, from the moment the removal returned: not
