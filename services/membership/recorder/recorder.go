@@ -158,6 +158,8 @@ func (r *Recorder) keep(ctx context.Context) {
 		r.abandon()
 		return
 	}
+	ctx, cancel := context.WithTimeout(ctx, keepEvery) // rooms that have no leader keep the others waiting no longer
+	defer cancel()
 	want := map[bus.RoomID]bus.Room{}
 	for _, rev := range r.view.Rooms() {
 		if rev.Durable && rev.Status == bus.RoomActive {
