@@ -7,7 +7,9 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net"
+	"net/http"
 	"runtime"
 	"strings"
 	"sync"
@@ -262,5 +264,67 @@ func TestOnlyWhoIsToldAndRefusedGivesUp(t *testing.T) {
 				t.Errorf("subscribed: %v", err)
 			}
 		})
+	}
+}
+
+// A room that is heard, and a message that nobody stores, end with their
+// connection and leave nothing behind.
+func TestRoomLeavesNothing(t *testing.T) {
+	url, trust := stranger(t, "Zm9vYmFyLTEyMw")
+	id := newIdentity(t)
+	f := newFake(t, func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case "/v1/rooms/d":
+			_, _ = io.WriteString(w, `{"room":{"room":"d","durable":true}}`)
+		case "/v1/rooms/d/messages":
+			_, _ = io.WriteString(w, `{"room":"d","messages":[],"last":0}`)
+		default:
+			_, _ = io.WriteString(w, `{"user":{"rooms":[{"room":"d","role":"writer","durable":true}]}}`)
+		}
+	})
+	round := func() {
+		api, err := New(Config{URLs: []string{f.URL}, TLS: f.Client().Transport.(*http.Transport).TLSClientConfig, Identity: id})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer api.Close()
+		c, err := Dial(t.Context(), DialConfig{URLs: []string{url}, TLS: trust, Identity: id, API: api})
+		if err != nil {
+			t.Fatal(err)
+		}
+		room, err := c.Room(t.Context(), "d")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if same, err := c.Room(t.Context(), "d"); err != nil || same != room {
+			t.Errorf("another Room of the same room: %v", err)
+		}
+		hearing, err := room.Subscribe(t.Context(), Hear{}, func(Message) {})
+		if err != nil {
+			t.Fatal(err)
+		}
+		sending := room.Send(t.Context(), Outgoing{Topic: "x"})
+		c.Close()
+		if _, err := sending.Wait(t.Context()); bus.CodeOf(err) != bus.Unavailable {
+			t.Errorf("sent into the end: %v", err)
+		}
+		if _, err := room.Send(t.Context(), Outgoing{Topic: "x"}).Wait(t.Context()); bus.CodeOf(err) != bus.Unavailable {
+			t.Errorf("sent after the end: %v", err)
+		}
+		if _, err := room.Subscribe(t.Context(), Hear{}, func(Message) {}); bus.CodeOf(err) != bus.Unavailable {
+			t.Errorf("heard after the end: %v", err)
+		}
+		hearing.Unsubscribe()
+	}
+	round()
+	before := runtime.NumGoroutine()
+	for range 3 {
+		round()
+	}
+	for end := time.Now().Add(5 * time.Second); runtime.NumGoroutine() > before; runtime.Gosched() {
+		if time.Now().After(end) {
+			buf := make([]byte, 1<<20)
+			t.Fatalf("%d goroutines became %d:\n%s", before, runtime.NumGoroutine(), buf[:runtime.Stack(buf, true)])
+		}
 	}
 }
