@@ -10,6 +10,7 @@ import (
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/nats-io/nkeys"
+	"golang.org/x/time/rate"
 
 	"unibus.internal/bus"
 )
@@ -128,5 +129,50 @@ func TestStreamError(t *testing.T) {
 		if err := streamError("ops", err); bus.CodeOf(err) != bus.Unavailable {
 			t.Errorf("%v", err)
 		}
+	}
+}
+
+// What is under way is bounded for one room and for all, in number and bytes,
+// and one room that is full does not fill another.
+func TestQuota(t *testing.T) {
+	r := &Recorder{pending: map[string]*pending{}}
+	begun := time.Unix(1e9, 0)
+	full := func(n *room, size int) (in []string) {
+		for {
+			token, ok := r.enter(&pending{room: n, size: size, begun: begun})
+			if !ok {
+				return in
+			}
+			in = append(in, token)
+		}
+	}
+	newRoom := func(per rate.Limit, burst int) *room { return &room{limit: rate.NewLimiter(per, burst)} }
+	a, b := newRoom(rate.Inf, 1), newRoom(rate.Inf, 1)
+	first := full(a, 10)
+	if len(first) != roomMessages {
+		t.Errorf("%d messages of one room, want %d", len(first), roomMessages)
+	}
+	large := full(b, 1<<20)
+	if len(large) != roomBytes>>20 {
+		t.Errorf("%d MiB of one room", len(large))
+	}
+	if got := len(full(newRoom(1, 5), 1)); got != 5 {
+		t.Errorf("%d messages at a rate of 5 at once", got)
+	}
+	for r.messages < allMessages {
+		if len(full(newRoom(rate.Inf, 1), 1)) == 0 {
+			break
+		}
+	}
+	if r.messages != allMessages || r.bytes > allBytes {
+		t.Errorf("%d messages, %d bytes of all rooms", r.messages, r.bytes)
+	}
+	for _, token := range append(first, large...) {
+		if r.exit(token) == nil || r.exit(token) != nil {
+			t.Fatal("a message leaves exactly once")
+		}
+	}
+	if a.messages+a.bytes+b.messages+b.bytes != 0 || len(full(a, 1)) != roomMessages {
+		t.Errorf("left: %+v %+v", a, b)
 	}
 }
