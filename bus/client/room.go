@@ -155,9 +155,10 @@ func notKnown(err error) error {
 }
 
 // Send begins to send a message, and keeps at it until ctx ends. Up to 256 may be
-// under way at once, and it waits for one of them beyond. A subscription hears
-// the messages of one Room in the order of the calls of Send, whatever befalls
-// the nodes meanwhile.
+// under way at once, and it waits for one of them beyond. Different nodes record
+// them, so they may be stored in another order; a subscription hears the messages
+// of one Room in the order of the calls of Send, whatever befalls the nodes
+// meanwhile.
 func (r *Room) Send(ctx context.Context, o Outgoing) *Sending {
 	s := &Sending{done: make(chan struct{})}
 	m, err := r.message(ctx, o)

@@ -150,46 +150,26 @@ func (a *app) roomPub(c *cli.Context) error {
 	})
 }
 
-// publishLines sends each line of stdin, several at once, and reports them in
-// their order.
+// publishLines sends the lines of stdin, each when the one before is stored: so
+// they are in their order for everybody, also in the room's history.
 func (a *app) publishLines(ctx context.Context, r *client.Room, topic string, asJSON bool) error {
-	under := make(chan *client.Sending, 128)
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	reported := make(chan error, 1)
-	go func() {
-		var first error
-		for s := range under {
-			if err := a.published(ctx, r, s); err != nil && first == nil {
-				first = err
-				cancel(err)
+	in := bufio.NewScanner(a.in)
+	in.Buffer(make([]byte, 64<<10), 2*maxLine)
+	for in.Scan() {
+		o := client.Outgoing{Topic: topic, Data: []byte(in.Text())}
+		if asJSON {
+			if err := parseOutgoing(in.Bytes(), &o); err != nil {
+				return err
 			}
 		}
-		reported <- first
-	}()
-	err := func() error {
-		defer close(under)
-		in := bufio.NewScanner(a.in)
-		in.Buffer(make([]byte, 64<<10), 2*maxLine)
-		for in.Scan() {
-			o := client.Outgoing{Topic: topic, Data: []byte(in.Text())}
-			if asJSON {
-				if err := parseOutgoing(in.Bytes(), &o); err != nil {
-					return err
-				}
-			}
-			select {
-			case under <- r.Send(ctx, o):
-			case <-ctx.Done():
-				return context.Cause(ctx)
-			}
+		if err := a.published(ctx, r, r.Send(ctx, o)); err != nil {
+			return err
 		}
-		if err := in.Err(); err != nil && !errors.Is(err, io.EOF) {
-			return bus.E(bus.Invalid, "stdin: %w", err)
-		}
-		return nil
-	}()
-	return errors.Join(<-reported, err)
+	}
+	if err := in.Err(); err != nil && !errors.Is(err, io.EOF) {
+		return bus.E(bus.Invalid, "stdin: %w", err)
+	}
+	return nil
 }
 
 // parseOutgoing reads one line of JSON.
