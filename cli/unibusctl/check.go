@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
 	"net/url"
@@ -24,7 +25,7 @@ func (a *app) checkCommand() *cli.Command {
 		Name:     "check",
 		Category: "cluster",
 		Usage:    "publish and subscribe as a client would, on every node",
-		Description: "Makes a durable room for itself, sends numbers into it at --rate while one subscriber on each node of\n" +
+		Description: "Makes an encrypted durable room for itself, sends numbers into it at --rate while one subscriber on each node of\n" +
 			"--nats-url listens, and says what came of them: also while you stop nodes, one at a time. The room is\n" +
 			"archived and emptied at the end; its id stays taken, so a job that runs often uses one --room for ever.\n" +
 			"Exits as Nagios wants: 0 all well, 1 slow or a node away, 2 messages lost, doubled or out of order, 3 cannot tell.\n\n" +
@@ -34,6 +35,7 @@ func (a *app) checkCommand() *cli.Command {
 			&cli.IntFlag{Name: "rate", Value: 20, Usage: "`MESSAGES` a second"},
 			&cli.IntFlag{Name: "size", Value: 256, Usage: "`BYTES` of a message"},
 			&cli.DurationFlag{Name: "max-gap", Value: 15 * time.Second, Usage: "warn if a subscriber hears nothing for this `TIME`"},
+			&cli.BoolFlag{Name: "plain", Usage: "make a room that is not encrypted"},
 			&cli.StringFlag{Name: "room", Usage: "`ROOM` to use, durable, in which you may write; default: a new one"},
 		},
 		Action: a.check,
@@ -81,6 +83,7 @@ type checker struct {
 	ears  []*ear
 	voice *client.Room
 	room  bus.RoomID
+	keys  *client.Keys
 
 	mu     sync.Mutex
 	sent   uint64
@@ -146,7 +149,22 @@ func (k *checker) complete(r checkReport) (n int) {
 }
 
 func (k *checker) run(ctx context.Context) (r checkReport, err error) {
-	conn, api, err := k.dial(ctx, k.set.natsURL, "unibusctl check", nil)
+	if k.set.direct {
+		return r, errors.New("--direct is for records: the check is a client like others")
+	}
+	over, err := k.openAPI()
+	if err != nil {
+		return r, err
+	}
+	defer over.Close()
+	id, err := readSigner(k.set.identity)
+	if err != nil {
+		return r, err
+	}
+	if k.keys, err = k.keysOf(over.Client, id, k.set.identity); err != nil { // one for all connections: they are one user's
+		return r, err
+	}
+	conn, api, err := k.dial(ctx, k.set.natsURL, "unibusctl check", k.keys, nil)
 	if err != nil {
 		return r, err
 	}
@@ -197,10 +215,11 @@ func (k *checker) makeRoom(ctx context.Context, api *client.Client) (clean func(
 	k.room = bus.RoomID("check-" + hex.EncodeToString(b[:]))
 	bound, cancel := k.within(ctx, changeWithin)
 	defer cancel()
-	if _, err := api.CreateRoom(bound, client.NewRoom{Room: k.room, Durable: true, Description: "unibusctl check", Retention: bus.Retention{MaxAgeSeconds: 3600}}); err != nil {
+	room := client.NewRoom{Room: k.room, Durable: true, Encrypted: !k.c.Bool("plain"), Description: "unibusctl check", Retention: bus.Retention{MaxAgeSeconds: 3600}}
+	if _, err := api.CreateRoom(bound, room); err != nil {
 		return nil, err
 	}
-	return func() bool {
+	clean = func() bool {
 		bound, cancel := context.WithTimeout(context.WithoutCancel(ctx), checkCleanup)
 		defer cancel()
 		if _, err := api.ArchiveRoom(bound, k.room, true); err != nil {
@@ -209,7 +228,17 @@ func (k *checker) makeRoom(ctx context.Context, api *client.Client) (clean func(
 			return false
 		}
 		return true
-	}, nil
+	}
+	if room.Encrypted {
+		if _, err = k.keys.Announce(bound); err == nil {
+			_, err = k.keys.Rekey(bound, k.room, client.RekeyOptions{})
+		}
+	}
+	if err != nil {
+		clean()
+		return nil, err
+	}
+	return clean, nil
 }
 
 func (k *checker) enter(ctx context.Context, conn *client.Conn) (*client.Room, error) {
@@ -235,7 +264,7 @@ func (k *checker) listen(ctx context.Context, at string) *ear {
 		return e
 	}
 	var err error
-	if e.conn, e.api, err = k.dial(ctx, at, "unibusctl check", e.status); err != nil {
+	if e.conn, e.api, err = k.dial(ctx, at, "unibusctl check", k.keys, e.status); err != nil {
 		return fail(err)
 	}
 	room, err := k.enter(ctx, e.conn)

@@ -64,8 +64,9 @@ func (a *app) talkCommands() []*cli.Command {
 	}
 }
 
-// dial connects the identity to the bus. urls is a comma list.
-func (a *app) dial(ctx context.Context, urls, name string, onStatus func(client.Status)) (*client.Conn, *client.Client, error) {
+// dial connects the identity to the bus. urls is a comma list; without keys it
+// gets its own.
+func (a *app) dial(ctx context.Context, urls, name string, keys *client.Keys, onStatus func(client.Status)) (*client.Conn, *client.Client, error) {
 	if a.set.direct {
 		return nil, nil, &usageError{msg: "--direct is for records: in rooms you are a member like others", hint: a.command}
 	}
@@ -77,15 +78,16 @@ func (a *app) dial(ctx context.Context, urls, name string, onStatus func(client.
 	if err != nil {
 		return nil, nil, err
 	}
+	if keys == nil {
+		if keys, err = a.keysOf(b.Client, id, a.set.identity); err != nil {
+			b.Close()
+			return nil, nil, err
+		}
+	}
 	ctx, cancel := a.within(ctx, 15*time.Second)
 	defer cancel()
-	keys, err := a.keysOf(b.Client, id, a.set.identity)
-	if err != nil {
-		return nil, nil, err
-	}
 	conn, err := client.Dial(ctx, client.DialConfig{
-		Keys: keys,
-		URLs: strings.Split(urls, ","), CAFile: a.set.ca, Identity: id, Name: name, API: b.Client, OnStatus: onStatus,
+		URLs: strings.Split(urls, ","), CAFile: a.set.ca, Identity: id, Name: name, API: b.Client, Keys: keys, OnStatus: onStatus,
 	})
 	if err != nil {
 		b.Close()
@@ -96,7 +98,7 @@ func (a *app) dial(ctx context.Context, urls, name string, onStatus func(client.
 
 // inRoom connects, and does something in a room.
 func (a *app) inRoom(ctx context.Context, id bus.RoomID, do func(ctx context.Context, r *client.Room) error) error {
-	conn, api, err := a.dial(ctx, a.set.natsURL, programName, func(s client.Status) {
+	conn, api, err := a.dial(ctx, a.set.natsURL, programName, nil, func(s client.Status) {
 		switch s {
 		case client.Disconnected:
 			a.say("WARNING: no server; trying again")
