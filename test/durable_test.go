@@ -3,11 +3,13 @@ package test
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"slices"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -174,8 +176,26 @@ func (d *durable) faults(t *testing.T, length time.Duration) {
 		}},
 		{"kill the node", func(i int) { d.Kill(i); hold(t.Context(), 2*time.Second); d.StartNode(i) }},
 	}
+	lameDuck := func(i int) { // takes half a minute
+		if err := syscall.Kill(d.PID(i, cluster.NATS), syscall.SIGUSR2); err != nil {
+			t.Fatal(err)
+		}
+		cluster.WaitFor(t, 90*time.Second, "a lame duck to stop", func() error {
+			if d.Alive(i, cluster.NATS) {
+				return errors.New("it is there")
+			}
+			return nil
+		})
+		d.StartNode(i, cluster.NATS)
+	}
+	if full {
+		ways = append(ways, struct {
+			name string
+			fail func(i int)
+		}{"lame duck", lameDuck})
+	}
 	begun := time.Now()
-	for n := 0; time.Since(begun) < length || n < len(ways) && !full && n < 4; n++ {
+	for n := 0; n < len(ways) || time.Since(begun) < length; n++ {
 		way, node := ways[n%len(ways)], 1+rand.IntN(3)
 		t.Logf("%s: %s on n%d", time.Since(begun).Round(time.Second), way.name, node)
 		way.fail(node)
