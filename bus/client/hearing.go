@@ -299,7 +299,11 @@ func (h *Hearing) run(ctx context.Context, a *assembly) {
 				a.known, want, failures = a.next-1, false, 0
 			case err != nil || !complete:
 				failures++
-				again = time.After(delay(min(failures, 4)))
+				most := 4
+				if err != nil && bus.CodeOf(err) != bus.Unavailable { // not the user's room now: each question is a denial on record
+					most = 10
+				}
+				again = time.After(delay(min(failures, most)))
 			default:
 				want, failures = false, 0
 			}
