@@ -81,6 +81,8 @@ var controls = []control{
 	{off: guard.DeployLook, dir: "cli/unibusctl", test: "TestDeployFit"},
 	{off: guard.RolloutStop, dir: "cli/unibusctl", test: "TestRolloutStopsAtTheFirst"},
 	{off: guard.RolloutGate, dir: "test", test: "TestGate", live: true},
+	{off: guard.Tombstones, dir: "bus/kv", test: "TestRestoreTombstonesWin"},
+	{off: guard.BackupSignature, dir: "cli/unibusctl", test: "TestBackupSignature"},
 }
 
 // TestControls takes each protection away in turn and demands that the test

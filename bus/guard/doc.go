@@ -56,4 +56,6 @@ const (
 	BlobBarrier        Name = "blob-barrier"         // off: a directory of files is read without proof that it is current
 	BlobLimits         Name = "blob-limits"          // off: a room may store any number of files of any size
 	BlobDigest         Name = "blob-digest"          // off: what was uploaded is not held to the digest that was signed
+	Tombstones         Name = "tombstones"           // off: a restore writes over what is there
+	BackupSignature    Name = "backup-signature"     // off: the signature of a backup is not verified
 )

@@ -170,6 +170,9 @@ func (v *View) checkIdentity(i int, created time.Time) error {
 func (v *View) consume(ctx context.Context, i int, sub *nats.Subscription, info *jetstream.StreamInfo, pending uint64) error {
 	t := newTable(info.Created)
 	t.withoutKeys = !v.cfg.EncryptionKeys
+	if v.cfg.Raw {
+		t.raw = map[string]StoredRecord{}
+	}
 	loading := pending > 0
 	if !loading {
 		v.install(i, t)
@@ -347,6 +350,10 @@ func (t *table) note(r record) {
 func (t *table) put(i int, r record) {
 	if !strings.Contains(r.key, ".") {
 		t.lastKey = r.rev // what the filter anyUser matches
+	}
+	t.newest = r.rev
+	if t.raw != nil {
+		t.raw[r.key] = StoredRecord{Key: r.key, Revision: r.rev, At: r.at, Value: r.value}
 	}
 	delete(t.broken, r.key)
 	var err error

@@ -374,6 +374,11 @@ func (s *Store) write(ctx context.Context, bucket, key string, record any, want 
 	}
 	m := nats.NewMsg(subjectOf(bucket, key))
 	m.Data = value
+	return s.publish(ctx, bucket, key, m, want)
+}
+
+// publish is write for a record that is encoded already.
+func (s *Store) publish(ctx context.Context, bucket, key string, m *nats.Msg, want expectation) (uint64, error) {
 	opts := []jetstream.PublishOpt{jetstream.WithExpectStream(StreamName(bucket)), jetstream.WithRetryAttempts(0)}
 	if want.filter == "" {
 		opts = append(opts, jetstream.WithExpectLastSequencePerSubject(want.revision))

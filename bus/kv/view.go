@@ -57,6 +57,10 @@ type ViewConfig struct {
 	// EncryptionKeys keeps the encryption keys of users, 1.3 KiB each. A Store
 	// needs them, because it writes records back whole; a callout does not.
 	EncryptionKeys bool
+
+	// Raw keeps every record also as it is stored, which a backup and a
+	// restore need: what a View cannot read must not vanish from either.
+	Raw bool
 }
 
 // Change is one record that a View has applied.
@@ -112,6 +116,9 @@ type table struct {
 	lastTime time.Time
 
 	withoutKeys bool // encryption keys are not kept
+
+	raw    map[string]StoredRecord // of a View with Raw; deleted ones too
+	newest uint64                  // sequence of the newest record, barriers apart
 }
 
 type userEntry struct {

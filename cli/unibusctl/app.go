@@ -44,6 +44,8 @@ func (a *app) commands() []*cli.Command {
 		a.clusterCommand(),
 		a.doctorCommand(),
 		a.checkCommand(),
+		a.backupCommand(),
+		a.restoreCommand(),
 		a.identityCommand(),
 		a.pkiCommand(),
 		a.configCommand(),

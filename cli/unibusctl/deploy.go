@@ -154,6 +154,7 @@ var deployPrograms = map[string]string{
 var deployUnits = []struct{ pattern, dir string }{
 	{"*.service", "/usr/lib/systemd/system"},
 	{"*.target", "/usr/lib/systemd/system"},
+	{"*.timer", "/usr/lib/systemd/system"},
 	{"sysusers.d/*.conf", "/usr/lib/sysusers.d"},
 	{"tmpfiles.d/*.conf", "/usr/lib/tmpfiles.d"},
 	{"dropins/*.conf", "/usr/share/unibus/dropins"},

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/hex"
 	"fmt"
@@ -43,21 +44,41 @@ type direct struct {
 // openDirect proves a fresh View before it returns: what a command reads
 // afterwards was committed no earlier than its start.
 func (a *app) openDirect(ctx context.Context) (*direct, error) {
+	if err := a.needDirect(); err != nil {
+		return nil, err
+	}
+	return a.openLive(ctx, liveLink{seed: a.set.opsSeed, inbox: "_INBOX_ops", dial: a.dialFirst})
+}
+
+// needDirect is the usage error of what works on the live KV only.
+func (a *app) needDirect() error {
 	if !a.set.direct {
-		return nil, &usageError{msg: "this command works on the live KV only", hint: a.command + " --direct ..., on a node, with --ops-seed FILE"}
+		return &usageError{msg: "this command works on the live KV only", hint: a.command + " --direct ..., on a node, with --ops-seed FILE"}
 	}
 	if a.set.opsSeed == "" {
-		return nil, &usageError{msg: "--direct needs the ops seed: set --ops-seed FILE or UNIBUS_OPS_SEED", hint: "unibusctl env"}
+		return &usageError{msg: "--direct needs the ops seed: set --ops-seed FILE or UNIBUS_OPS_SEED", hint: "unibusctl env"}
 	}
-	by := a.now().Add(decideWithin)
+	return nil
+}
+
+// liveLink is by which key, and how, a command reaches the live KV.
+type liveLink struct {
+	seed, inbox string
+	dial        func(ctx context.Context, seed, inbox string) (*nats.Conn, error)
+	raw         bool          // the View keeps records as they are stored
+	patience    time.Duration // for the first proof; 0: decideWithin
+}
+
+func (a *app) openLive(ctx context.Context, l liveLink) (*direct, error) {
+	by := a.now().Add(cmp.Or(l.patience, decideWithin))
 	dctx, cancel := context.WithDeadline(ctx, by)
 	defer cancel()
-	nc, err := a.dialFirst(dctx, a.set.opsSeed, "_INBOX_ops")
+	nc, err := l.dial(dctx, l.seed, l.inbox)
 	if err != nil {
 		return nil, err
 	}
 	d := &direct{app: a, nc: nc}
-	if d.view, err = kv.NewView(kv.ViewConfig{Conn: nc, Service: "unibusctl", Node: "direct", EncryptionKeys: true}); err != nil {
+	if d.view, err = kv.NewView(kv.ViewConfig{Conn: nc, Service: "unibusctl", Node: "direct", EncryptionKeys: true, Raw: l.raw}); err != nil {
 		nc.Close()
 		return nil, err
 	}
@@ -101,11 +122,16 @@ func (d *direct) Close() {
 // dialFirst connects to all servers at once and keeps the first that answers:
 // a node that hangs must not use up the time of the ones that work.
 func (a *app) dialFirst(ctx context.Context, seed, inbox string) (*nats.Conn, error) {
-	if a.set.ca == "" {
-		return nil, &usageError{msg: "the CA is not known: set --ca FILE or UNIBUS_CA", hint: "unibusctl env"}
-	}
 	if _, err := readSecret(seed); err != nil {
 		return nil, err
+	}
+	return a.dialWith(ctx, seed, inbox)
+}
+
+// dialWith is dialFirst with a seed whose mode is not ours to judge.
+func (a *app) dialWith(ctx context.Context, seed, inbox string) (*nats.Conn, error) {
+	if a.set.ca == "" {
+		return nil, &usageError{msg: "the CA is not known: set --ca FILE or UNIBUS_CA", hint: "unibusctl env"}
 	}
 	urls := strings.Split(a.set.natsURL, ",")
 	type dialed struct {

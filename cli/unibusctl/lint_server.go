@@ -66,6 +66,9 @@ func findServer(asked string) (string, error) {
 			return beside, nil
 		}
 	}
+	if packaged, err := exec.LookPath("/usr/lib/unibus/nats-server"); err == nil {
+		return packaged, nil
+	}
 	return exec.LookPath("nats-server")
 }
 

@@ -18,15 +18,15 @@ fi
 root=$(mktemp -d)
 trap 'rm -rf "$root"' EXIT
 units=$root/usr/lib/systemd/system
-mkdir -p "$units" "$root"/{bin,etc/unibus,usr/sbin,usr/lib/unibus,usr/lib/sysusers.d,usr/lib/tmpfiles.d}
-cp ./*.service ./*.target "$units"
+mkdir -p "$units" "$root"/{bin,etc/unibus,usr/bin,usr/sbin,usr/lib/unibus,usr/lib/sysusers.d,usr/lib/tmpfiles.d}
+cp ./*.service ./*.target ./*.timer "$units"
 cp sysusers.d/*.conf "$root/usr/lib/sysusers.d"
 cp tmpfiles.d/*.conf "$root/usr/lib/tmpfiles.d"
 for d in /usr/lib/systemd/system /lib/systemd/system; do
 	cp -n "$d"/*.{target,slice} "$d"/systemd-journald* "$units" 2>/dev/null || true
 done
-touch "$root/etc/unibus/authcallout.env" "$root/etc/unibus/membership.env"
-for program in bin/sh usr/sbin/unibus-authcallout usr/sbin/unibus-membership usr/lib/unibus/nats-server usr/lib/systemd/systemd-journald; do
+touch "$root/etc/unibus/authcallout.env" "$root/etc/unibus/membership.env" "$root/etc/unibus/node.env"
+for program in bin/sh usr/bin/unibusctl usr/sbin/unibus-authcallout usr/sbin/unibus-membership usr/lib/unibus/nats-server usr/lib/systemd/systemd-journald; do
 	mkdir -p "$(dirname "$root/$program")"
 	printf '#!/bin/sh\n' >"$root/$program"
 	chmod 755 "$root/$program"
