@@ -325,9 +325,7 @@ func (b *backups) wiped(t *testing.T) {
 	}
 	delete(old, key)
 	delete(now, key)
-	if fmt.Sprint(old) != fmt.Sprint(now) {
-		t.Errorf("before\n%v\nafterwards\n%v", old, now)
-	}
+	b.compare(t, old, now)
 	b.run(t, 0, "0 records written", append(restore, "--yes")...)
 	b.run(t, 0, "cluster.restore", "--direct", "audit", "list")
 	b.run(t, 1, "is taken by", "--direct", "user", "add", "--handle", "erin", "--sign-pub", newPerson(t, "z").key.NKey())
@@ -339,7 +337,23 @@ func (b *backups) wiped(t *testing.T) {
 	b.run(t, 1, "not empty", append(restore, "--yes")...)
 }
 
-// everything is what the buckets hold, read as any client would.
+// compare wants two states to be the same, record by record.
+func (b *backups) compare(t *testing.T, before, after map[string]string) {
+	t.Helper()
+	for k, v := range before {
+		if after[k] != v {
+			t.Errorf("%s was %s and is %q", k, v, after[k])
+		}
+	}
+	for k, v := range after {
+		if _, ok := before[k]; !ok {
+			t.Errorf("%s was nothing and is %s", k, v)
+		}
+	}
+}
+
+// everything is what the buckets hold, read as any client would. An index entry
+// that proposes nothing is as good as none.
 func (b *backups) everything(t *testing.T) map[string]string {
 	t.Helper()
 	nc := b.Ops()
@@ -365,6 +379,9 @@ func (b *backups) everything(t *testing.T) map[string]string {
 			e, err := store.Get(k)
 			if err != nil {
 				t.Fatal(err)
+			}
+			if bucket == kv.RoomsByMember && strings.Contains(string(e.Value()), `"present":false`) {
+				continue
 			}
 			out[strings.TrimPrefix(bucket, "UNIBUS_")+" "+k] = string(e.Value())
 		}
