@@ -77,7 +77,7 @@ func (b *backups) people() {
 	b.must(b.store.RevokeUser(ctx, b.bob.key))
 	b.must(b.store.SuspendUser(ctx, b.carol.key))
 	b.must(b.store.RemoveMember(ctx, "ops", b.erin.key))
-	b.must(b.store.ArchiveRoom(ctx, "old"))
+	b.must(b.store.ArchiveRoom(ctx, "old", false))
 	for subject, value := range map[string]string{
 		"$KV.UNIBUS_room_keys.ops.1." + b.alice.key.Hex():         `{"v":1,"sealed":"AAAA"}`,
 		"$KV.UNIBUS_users." + newPerson(b.t, "x").key.Hex():       `{"v":99,"status":"of tomorrow"}`,

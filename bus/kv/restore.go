@@ -99,7 +99,7 @@ func (s *Store) Restore(ctx context.Context, snap *Snapshot, o RestoreOptions) (
 		}
 	}
 	for _, id := range plan.archive {
-		if _, err := s.ArchiveRoom(ctx, id); err != nil {
+		if _, err := s.ArchiveRoom(ctx, id, false); err != nil {
 			return plan.report(), fmt.Errorf("archive room %s, which is archived in the snapshot: %w", id, err)
 		}
 	}

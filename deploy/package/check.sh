@@ -22,6 +22,8 @@ want='/usr/bin/unibusctl 755
 /usr/lib/systemd/system/unibus-nats.service 644
 /usr/lib/systemd/system/unibus-authcallout.service 644
 /usr/lib/systemd/system/unibus-membership.service 644
+/usr/lib/systemd/system/unibus-backup.service 644
+/usr/lib/systemd/system/unibus-backup.timer 644
 /usr/lib/sysusers.d/unibus.conf 644
 /usr/lib/tmpfiles.d/unibus.conf 644
 /usr/share/unibus/dropins/nats-limits.conf 644
