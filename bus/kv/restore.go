@@ -145,6 +145,7 @@ type restorePlan struct {
 	revoke  []bus.UserKey
 	archive []bus.RoomID
 	skipped []SkippedRecord
+	leftOut map[string]bool // users who are not here and will not be, by hex key
 
 	mu       sync.Mutex // guards skipped and parts while parts are written
 	verified int
@@ -177,7 +178,7 @@ func (p *restorePlan) skip(part, key, why string) {
 
 // planRestore is pure. now is when users of RestoreOptions.Revoked are revoked.
 func planRestore(snap *Snapshot, here records, o RestoreOptions, now time.Time) (*restorePlan, error) {
-	p := &restorePlan{parts: map[string]*PartReport{}, writes: records{}, same: records{}}
+	p := &restorePlan{parts: map[string]*PartReport{}, writes: records{}, same: records{}, leftOut: map[string]bool{}}
 	for _, name := range writeOrder {
 		p.parts[name] = &PartReport{Part: name, Snapshot: len(snap.Part(name).Records)}
 		p.writes[name], p.same[name] = map[string]StoredRecord{}, map[string]StoredRecord{}
@@ -249,6 +250,7 @@ func (p *restorePlan) planUsers(snap *Snapshot, here records, ended map[string]b
 		there, exists := here[PartUsers][r.Key]
 		if !exists {
 			if holder, taken := handles[old.Handle]; taken && unreadable == nil && old.RotatedTo == nil {
+				p.leftOut[r.Key] = true
 				p.skip(PartUsers, r.Key, fmt.Sprintf("the handle %s is that of %s here; this key stays unknown, which is denied", old.Handle, holder))
 				continue
 			}
@@ -337,8 +339,8 @@ func (p *restorePlan) planMembers(snap *Snapshot, here records, foreign map[stri
 			p.skip(PartMembers, r.Key, "the membership is here, and stays as it is")
 		case foreign[room] != "":
 			p.skip(PartMembers, r.Key, foreign[room])
-		case !p.hasUser(here, user):
-			p.skip(PartMembers, r.Key, "there is no such user here")
+		case p.leftOut[user]:
+			p.skip(PartMembers, r.Key, "this user is left out")
 		case r.Value == nil:
 		case err == nil && m.Status == bus.Present && present[user] >= bus.MaxRoomsPerUser:
 			p.skip(PartMembers, r.Key, fmt.Sprintf("this user is in %d rooms, the most there may be", bus.MaxRoomsPerUser))
@@ -349,13 +351,6 @@ func (p *restorePlan) planMembers(snap *Snapshot, here records, foreign map[stri
 			p.writes[PartMembers][r.Key] = r
 		}
 	}
-}
-
-// hasUser reports whether a user is here or will be.
-func (p *restorePlan) hasUser(here records, key string) bool {
-	_, is := here[PartUsers][key]
-	_, will := p.writes[PartUsers][key]
-	return is || will
 }
 
 func (p *restorePlan) planHandles(snap *Snapshot, here records) {
@@ -369,8 +364,8 @@ func (p *restorePlan) planHandles(snap *Snapshot, here records) {
 		case exists:
 			p.skip(PartHandles, r.Key, "the handle is reserved here, and stays with who has it")
 		case r.Value == nil || err == nil && h.User == "": // nobody's
-		case err == nil && !p.hasUser(here, h.User):
-			p.skip(PartHandles, r.Key, "there is no such user here")
+		case err == nil && p.leftOut[h.User]:
+			p.skip(PartHandles, r.Key, "this user is left out")
 		default:
 			p.writes[PartHandles][r.Key] = r
 		}
