@@ -42,7 +42,6 @@ func alertFaults() []alertFault {
 			serverHangs,
 		},
 		{"two servers are dead", []string{"UnibusQuorumLost", "UnibusNoNodeReady"}, []string{"UnibusMessagesNotStored"}, quorumLost},
-		{"a room whose stream cannot be made", []string{"UnibusRoomNotRecorded"}, nil, streamRefused},
 		{"a bucket with one replica", []string{"UnibusUnderReplicated"}, nil, oneReplica},
 		{"a certificate with five days left", []string{"UnibusCertificateExpiring", "UnibusCertificateExpiresSoon"}, nil, certificateEnds},
 		{"a record that is no record", nil, []string{"UnibusBrokenRecords"}, brokenRecord},
@@ -165,14 +164,6 @@ func quorumLost(t *testing.T, m *monitored, _ *prometheus) func() {
 		m.StartNode(3, cluster.NATS)
 		m.WaitHealthy(time.Minute)
 	}
-}
-
-// streamRefused takes away the recorder's right to look at streams, on one server:
-// the others record a new room, and that node does not.
-func streamRefused(t *testing.T, m *monitored, _ *prometheus) func() {
-	back := m.accounts(t, []int{3}, `"$JS.API.STREAM.INFO.*", `)
-	m.api(1, m.admin).want(t, http.StatusCreated, "POST", "/v1/rooms", dict{"room": "unseen", "durable": true})
-	return back
 }
 
 func oneReplica(t *testing.T, m *monitored, _ *prometheus) func() {

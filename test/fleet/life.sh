@@ -73,7 +73,6 @@ life() {
 	step "first admin, a user, a room; she talks over every node"
 
 	staging_leaves_alone
-	package_leaves_alone
 	load_begins
 	rollouts
 	certificates
@@ -82,6 +81,7 @@ life() {
 	partition
 	replacement
 	planted_after
+	package_leaves_alone
 	for n in 1 2 3; do on "$n" 'systemctl is-active neighbour' >/dev/null || fail "another service of n$n was disturbed"; done
 	step "done"
 }
