@@ -83,6 +83,7 @@ var controls = []control{
 	{off: guard.RolloutGate, dir: "test", test: "TestGate", live: true},
 	{off: guard.Tombstones, dir: "bus/kv", test: "TestRestoreTombstonesWin"},
 	{off: guard.BackupSignature, dir: "cli/unibusctl", test: "TestBackupSignature"},
+	{off: guard.LeaveAtOnce, dir: "test", test: "TestServerAwayForLongerThanALease", live: true},
 }
 
 // TestControls takes each protection away in turn and demands that the test

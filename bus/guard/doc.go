@@ -58,4 +58,5 @@ const (
 	BlobDigest         Name = "blob-digest"          // off: what was uploaded is not held to the digest that was signed
 	Tombstones         Name = "tombstones"           // off: a restore writes over what is there
 	BackupSignature    Name = "backup-signature"     // off: the signature of a backup is not verified
+	LeaveAtOnce        Name = "leave-at-once"        // off: a callout without a lease leaves the queue group by and by
 )

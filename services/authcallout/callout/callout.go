@@ -168,6 +168,10 @@ func (s *Service) Join() error {
 func (s *Service) Leave() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if guard.Off(guard.LeaveAtOnce) {
+		s.leaveLocked((*nats.Subscription).Drain)
+		return
+	}
 	s.leaveLocked((*nats.Subscription).Unsubscribe)
 }
 
