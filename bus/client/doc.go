@@ -37,6 +37,27 @@
 // what is stored. All of it works in rooms that are not durable, too, except
 // what needs a history.
 //
+// # Encrypted rooms
+//
+// What is said in a room made with Encrypted only its members can read. Keys
+// holds what that takes, and DialConfig.Keys is all a program adds: Room then
+// encrypts and decrypts.
+//
+//	keys, err := client.NewKeys(client.KeysConfig{
+//		API: c, Identity: id, Trust: client.FileTrust("alice.nk.trust"),
+//		OnAlert: func(a client.Alert) { log.Print(a.Room, a.Err) },
+//	})
+//	_, err = c.CreateRoom(ctx, client.NewRoom{Room: "vault", Encrypted: true})
+//	_, err = keys.Rekey(ctx, "vault", client.RekeyOptions{}) // its first key
+//	_, _, err = keys.AddMember(ctx, "vault", "bob", bus.Writer)
+//
+// The servers are not believed. What they show is held against what was signed
+// and what was seen before; what does not fit is Forbidden and told to OnAlert.
+// Whom the servers call a member gets no key until an owner has said so by key
+// (AddMember, or RekeyOptions.Admit). A message is not sent if the newest roster
+// is newer than the newest key. When somebody goes, an owner who is connected
+// makes the next key; Rekey does it at once.
+//
 // # Over HTTPS
 //
 // A Client makes signed requests: users, invites, rooms, members and the audit,
