@@ -1,9 +1,12 @@
 package test
 
 import (
+	"bytes"
 	"crypto/rand"
 	"encoding/base64"
+	"encoding/json"
 	"fmt"
+	"io"
 	"net/http"
 	"testing"
 	"time"
@@ -80,6 +83,44 @@ func epochOf(t testing.TB, signer *person, room bus.RoomID, before *seal.Roster,
 	return signed, k, dict{"roster": base64.StdEncoding.EncodeToString(signed.Bytes()), "envelopes": envelopes}
 }
 
+// largeBodies: the route of epochs takes more than others, of who is known, whole
+// and as it was signed.
+func (a *apiWorld) largeBodies(t *testing.T, p *person, path string, body dict) {
+	t.Helper()
+	raw, err := json.Marshal(body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	padded := func(size int) []byte { return append(bytes.Repeat([]byte(" "), size-len(raw)), raw...) }
+	for what, c := range map[string]struct {
+		by   *person
+		body []byte
+		edit func(*http.Request)
+		want int
+	}{
+		"more than fits": {p, padded(5 << 20), nil, http.StatusBadRequest},
+		"by nobody":      {newPerson(t, "nobody"), padded(1 << 20), nil, http.StatusUnauthorized},
+		"by a stranger":  {a.bob, padded(1 << 20), nil, http.StatusNotFound},
+		"another than signed": {p, padded(1 << 20), func(r *http.Request) {
+			r.GetBody = func() (io.ReadCloser, error) {
+				other := padded(1 << 20)
+				other[0] = '\n'
+				return io.NopCloser(bytes.NewReader(other)), nil
+			}
+		}, http.StatusUnauthorized},
+	} {
+		r, err := a.api(1, c.by).send(t.Context(), apiRequest{method: "POST", path: path, body: c.body, edit: c.edit, stream: true})
+		if err != nil || r.status != c.want {
+			t.Errorf("%s: %v %v, want %d", what, r, err, c.want)
+		}
+	}
+	// A plain route takes no such body.
+	r, err := a.api(1, p).send(t.Context(), apiRequest{method: "POST", path: "/v1/rooms", body: padded(70 << 10), stream: true})
+	if err == nil && r.status != http.StatusUnauthorized {
+		t.Errorf("a large body for a plain route: %v", r)
+	}
+}
+
 // keys makes epochs of an encrypted room. The service takes no roster that a
 // member would refuse, and none that differs from its records; of two who make
 // one epoch, one has made it; and it says by itself when another is needed.
@@ -137,6 +178,7 @@ func (a *apiWorld) keys(t *testing.T) {
 	as(dave).want(t, 404, "GET", room+"/encryption-keys", nil)
 	a.root.want(t, 403, "POST", room+"/epochs", first)
 	why(bus.RekeyFirst)
+	a.largeBodies(t, alice, room+"/epochs", first)
 
 	if c := as(alice).changes(t, "POST", room+"/epochs", first); c.Already {
 		t.Errorf("%+v", c)

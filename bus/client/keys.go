@@ -588,6 +588,24 @@ func (r *roomKeys) mayAsk() bool {
 	return true
 }
 
+// toSend and toRead are what to encrypt and decrypt with something that is no
+// message: the newest epoch, and one that was named.
+func (r *roomKeys) toSend(ctx context.Context) (seal.Epoch, error) {
+	if err := r.enter(ctx); err != nil {
+		return seal.Epoch{}, err
+	}
+	defer r.leave()
+	return r.current(ctx)
+}
+
+func (r *roomKeys) toRead(ctx context.Context, epoch uint64) (seal.Epoch, error) {
+	if err := r.enter(ctx); err != nil {
+		return seal.Epoch{}, err
+	}
+	defer r.leave()
+	return r.epoch(ctx, epoch)
+}
+
 // listener opens what one subscription hears, or one reading of what is stored.
 type listener struct {
 	keys    *roomKeys
@@ -632,11 +650,7 @@ func (l *listener) decrypt(ctx context.Context, sender bus.UserKey, topic string
 	if err != nil {
 		return seal.Message{}, bus.E(bus.Forbidden, "a message in room %s is not encrypted", l.keys.id)
 	}
-	if err := l.keys.enter(ctx); err != nil {
-		return seal.Message{}, err
-	}
-	e, err := l.keys.epoch(ctx, epoch)
-	l.keys.leave()
+	e, err := l.keys.toRead(ctx, epoch)
 	if err != nil {
 		return seal.Message{}, err
 	}

@@ -95,7 +95,7 @@ func NewServer(cfg Config) *Server {
 	}
 	a := &api{
 		view: cfg.View, store: cfg.Store, stored: cfg.Rooms, conn: cfg.Conn, blobs: cfg.Blobs, audit: t, now: cfg.Now, patrol: cfg.Lease + ProofMargin,
-		verifying: make(chan struct{}, 1), transfers: transfers{of: map[bus.UserKey]int{}}, metrics: m,
+		verifying: make(chan struct{}, 1), larges: make(chan struct{}, maxLarge), transfers: transfers{of: map[bus.UserKey]int{}}, metrics: m,
 	}
 	m.underWay(cfg.Metrics, a.transfers.count)
 	s := &Server{log: cfg.Log, public: publicRoutes(cfg.Health, openAPI(cfg.Version)), signed: signedRoutes(g, a)}
@@ -148,7 +148,7 @@ func signedRoutes(g *gate, a *api) chi.Router {
 func streamRoutes() func(r *http.Request) bool {
 	routes := chi.NewRouter()
 	for _, o := range operations() {
-		if o.streams {
+		if o.streams || o.large > 0 {
 			routes.Method(o.method, o.path, http.NotFoundHandler())
 		}
 	}

@@ -101,11 +101,20 @@ func (a *api) grantKeys(c *caller, in *grantKeysRequest) (plan, error) {
 		})
 }
 
+// maxEpoch is what a roster of 2,000 members and their envelopes take, in base64.
+const maxEpoch = 4 << 20
+
 // The routes about the keys of encrypted rooms.
 func keyOperations() []operation {
 	changes := []int{http.StatusForbidden, http.StatusNotFound, http.StatusConflict}
 	const noOracle = "To who is not a member there is no such room."
 	user := exampleAlice
+	epoch := change[newEpochRequest, bus.Change](spec{
+		id: "newEpoch", method: http.MethodPost, path: "/v1/rooms/{room}/epochs", tag: "keys", summary: "Make the next epoch of an encrypted room",
+		detail: "Owners. 409 if somebody else has made that epoch, or if a member, a role or an encryption key in the roster is not what the records say. Repeating the same request finishes it. The body may have 4 MiB. " + noOracle,
+		body:   newEpochBody{Roster: []byte("roster"), Envelopes: [][]byte{[]byte("envelope")}}, answer: exampleChange, errors: changes,
+	}, http.StatusOK, (*api).newEpoch)
+	epoch.large = maxEpoch
 	return []operation{
 		consultRoom[*roomKeysRequest](spec{
 			id: "roomKeys", method: http.MethodGet, path: "/v1/rooms/{room}/keys", tag: "keys", summary: "Show the rosters of a room and the caller's envelopes",
@@ -121,11 +130,7 @@ func keyOperations() []operation {
 			detail: "Members and admins. " + noOracle,
 			answer: memberKeysAnswer{"ops", []bus.MemberKey{{SignPub: exampleAlice, Handle: "alice", Role: bus.Owner}}}, errors: []int{http.StatusNotFound},
 		}, (*api).memberKeys),
-		change[newEpochRequest, bus.Change](spec{
-			id: "newEpoch", method: http.MethodPost, path: "/v1/rooms/{room}/epochs", tag: "keys", summary: "Make the next epoch of an encrypted room",
-			detail: "Owners. 409 if somebody else has made that epoch, or if a member, a role or an encryption key in the roster is not what the records say. Repeating the same request finishes it. " + noOracle,
-			body:   newEpochBody{Roster: []byte("roster"), Envelopes: [][]byte{[]byte("envelope")}}, answer: exampleChange, errors: changes,
-		}, http.StatusOK, (*api).newEpoch),
+		epoch,
 		change[grantKeysRequest, bus.Change](spec{
 			id: "grantKeys", method: http.MethodPut, path: "/v1/rooms/{room}/keys/{user}", tag: "keys", summary: "Give a member the keys of epochs before they came",
 			detail: "Owners. " + noOracle, body: grantKeysBody{[]grantedKey{{Epoch: 1, Envelope: []byte("envelope")}}}, answer: exampleChange, errors: changes,

@@ -2,6 +2,7 @@ package api
 
 import (
 	"context"
+	"io"
 	"net/http"
 	"reflect"
 	"strconv"
@@ -12,6 +13,7 @@ import (
 	"unibus.internal/bus"
 	"unibus.internal/bus/guard"
 	"unibus.internal/bus/kv"
+	"unibus.internal/bus/sig"
 	"unibus.internal/services/membership/recorder"
 )
 
@@ -34,6 +36,7 @@ type operation struct {
 	tagged   bool   // answers with an ETag
 	streams  bool   // takes a body of any kind, which nobody has read yet
 	content  string // media type of a success that is not JSON
+	large    int64  // takes a body of up to so many bytes, which is read when the caller is known
 	serve    func(a *api, x *exchange) error
 }
 
@@ -51,6 +54,7 @@ type api struct {
 	verifying chan struct{} // one at a time reads the whole audit
 	transfers transfers
 	metrics   *metrics
+	larges    chan struct{} // held while a large body is read
 }
 
 // tagged is an answer about one record, whose revision is its ETag.
@@ -332,6 +336,32 @@ func (x *exchange) answer(out any, err error) error {
 	return nil
 }
 
+// maxLarge is how many large bodies may be read at once: users alone get there,
+// and even they must not fill the memory.
+const maxLarge = 8
+
+// readLarge reads the body of a request whose caller is known and whose nonce is
+// consumed, and holds it to what was signed.
+func (a *api) readLarge(x *exchange, most int64) error {
+	select {
+	case a.larges <- struct{}{}:
+		defer func() { <-a.larges }()
+	default:
+		x.w.Header().Set(bus.EffectHeader, bus.EffectNone)
+		return bus.E(bus.Unavailable, "this node reads too many large requests")
+	}
+	_ = http.NewResponseController(x.w).SetReadDeadline(time.Now().Add(bodyTimeout))
+	body, err := io.ReadAll(http.MaxBytesReader(x.w, x.r.Body, most))
+	if err != nil {
+		return invalid("the body did not come whole, or is larger than %d bytes", most)
+	}
+	if sig.DigestOf(body) != x.digest || len(x.r.Trailer) > 0 {
+		return x.refuse("signature", nil)
+	}
+	x.body = body
+	return nil
+}
+
 // handler is how the router reaches an operation. Without a caller, which the
 // gate alone makes, there is no way in; enrolling is the one operation of who
 // is not a user yet.
@@ -342,8 +372,12 @@ func (o *operation) handler(a *api) http.HandlerFunc {
 		var err error = errRefused
 		switch {
 		case x.caller == nil && (x.newcomer == nil || o.id != enrollID):
-		case x.streamed != o.streams: // the gate took it for another route, and has not held its body to the signature
+		case x.streamed != (o.streams || o.large > 0): // the gate took it for another route, and has not held its body to the signature
 			err = bus.E(bus.Internal, "the body for %s is not as its route wants it", o.id)
+		case o.large > 0:
+			if err = a.readLarge(x, o.large); err == nil {
+				err = o.serve(a, x)
+			}
 		default:
 			err = o.serve(a, x)
 		}
