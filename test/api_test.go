@@ -359,11 +359,11 @@ func (a *apiWorld) rooms(t *testing.T) {
 	}
 	var rooms struct{ Rooms []bus.RoomInfo }
 	alice.want(t, 200, "GET", "/v1/rooms", nil).decode(t, &rooms)
-	if len(rooms.Rooms) != 1 {
+	if len(rooms.Rooms) != 2 {
 		t.Errorf("alice's rooms: %+v", rooms)
 	}
 	a.root.want(t, 200, "GET", "/v1/rooms?all=true", nil).decode(t, &rooms)
-	if len(rooms.Rooms) != 2 {
+	if len(rooms.Rooms) != 3 {
 		t.Errorf("all rooms: %+v", rooms)
 	}
 	alice.changes(t, "DELETE", "/v1/rooms/ops", nil)

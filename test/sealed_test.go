@@ -262,7 +262,7 @@ func (s *sealedWorld) removed(t *testing.T) {
 	var now sdk.RoomStanding
 	cluster.WaitFor(t, 20*time.Second, "an owner to make another key", func() error {
 		if now, err = s.carol.keys.Room(t.Context(), "vault"); err != nil || now.Epoch == before.Epoch || now.RekeyRequired {
-			return fmt.Errorf("%+v %v", now, err)
+			return fmt.Errorf("%+v %w", now, err)
 		}
 		return nil
 	})
