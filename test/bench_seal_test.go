@@ -59,7 +59,9 @@ func (w *world) measureRekey(t testing.TB, out table, n int) {
 			admit = append(admit, sdk.Admission{User: last.key, Role: bus.Writer})
 		}
 	})
-	w.patiently("load the members", func(ctx context.Context) (kv.Result, error) { return w.store.SetMember(ctx, room, owner.key, bus.Owner) })
+	w.patiently("load the members", func(ctx context.Context) (kv.Result, error) {
+		return w.store.SetMember(ctx, room, owner.key, bus.Owner)
+	})
 	timed := func(what string, o sdk.RekeyOptions, members int) {
 		t.Helper()
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
