@@ -83,7 +83,7 @@ type RoomEpoch struct {
 // RekeyWhy is a reason for the next epoch.
 type RekeyWhy string
 
-// The reasons. All but the first are of somebody who is in the newest roster.
+// The reasons. Most are of somebody who is in the newest roster.
 const (
 	RekeyFirst      RekeyWhy = "no_key"     // the room has no key yet
 	RekeyIncomplete RekeyWhy = "incomplete" // whoever made the newest epoch did not finish it
@@ -91,6 +91,7 @@ const (
 	RekeyReturned   RekeyWhy = "returned"   // was away, and has the key of what was said meanwhile
 	RekeyDemoted    RekeyWhy = "demoted"    // has less rights than the roster says
 	RekeyNewKey     RekeyWhy = "new_key"    // has another encryption key
+	RekeyOld        RekeyWhy = "old"        // of nobody: the newest key has been used for long enough
 )
 
 // RekeyReason is a reason and whom it concerns; nil: everybody.

@@ -29,6 +29,9 @@ const (
 	epochUploads = 10 * time.Second
 	// envelopeWriters write the envelopes of one epoch side by side.
 	envelopeWriters = 64
+	// epochLife is for how long a key is used: whoever got hold of one unnoticed
+	// reads no longer than that.
+	epochLife = 30 * 24 * time.Hour
 	// clockDoubt is how far the clocks of two services may be apart when times
 	// that they wrote are compared; what is inside counts as later.
 	clockDoubt = 5 * time.Second
@@ -185,6 +188,9 @@ func (s *Store) standing(room bus.RoomID, newest *epochRecord) (why []bus.RekeyR
 		roster = newest.roster
 		if !newest.Complete && s.now().Sub(newest.CreatedAt) > epochUploads {
 			why = append(why, bus.RekeyReason{Why: bus.RekeyIncomplete})
+		}
+		if s.now().Sub(newest.CreatedAt) > epochLife {
+			why = append(why, bus.RekeyReason{Why: bus.RekeyOld})
 		}
 		for _, m := range roster.Members {
 			if reason := s.againstLine(room, newest, m); reason != "" {

@@ -132,7 +132,7 @@ func scalarOf(t reflect.Type) (schema, bool) {
 		return enum("", string(bus.InviteOpen), string(bus.InviteUsed), string(bus.InviteWithdrawn)), true
 	case reflect.TypeFor[bus.RekeyWhy]():
 		return enum("", string(bus.RekeyFirst), string(bus.RekeyIncomplete), string(bus.RekeyDeparted), string(bus.RekeyReturned),
-			string(bus.RekeyDemoted), string(bus.RekeyNewKey)), true
+			string(bus.RekeyDemoted), string(bus.RekeyNewKey), string(bus.RekeyOld)), true
 	case reflect.TypeFor[bus.AuditKind]():
 		return enum("", string(bus.AuditAttempt), string(bus.AuditOutcome), string(bus.AuditDenial), string(bus.AuditConnect)), true
 	case reflect.TypeFor[bus.Code]():
