@@ -7,6 +7,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"io"
 	"os"
 	"slices"
 	"strings"
@@ -426,6 +427,7 @@ type vectors struct {
 	Appointment vectorSigned     `json:"appointment"`
 	Envelopes   []vectorEnvelope `json:"envelopes"`
 	Messages    []vectorMessage  `json:"messages"`
+	Files       []vectorOfFile   `json:"files"`
 	UserNumber  string           `json:"user_number_alice_bob"`
 	RoomNumber  string           `json:"room_number_epoch_2"`
 }
@@ -480,6 +482,18 @@ type vectorMessage struct {
 	Message []byte `json:"message"`
 }
 
+type vectorOfFile struct {
+	Epoch     uint64 `json:"epoch"`
+	Sender    string `json:"sender"`
+	Name      string `json:"name"`
+	Content   []byte `json:"content"`
+	Salt      []byte `json:"salt"`
+	CreatedAt int64  `json:"created_at"` // Unix milliseconds
+	FileKey   []byte `json:"file_key"`   // of the epoch
+	Data      []byte `json:"data"`
+	File      []byte `json:"file"`
+}
+
 const vectorFile = "testdata/vectors.json"
 
 // The formats are fixed: what was written once is written again and read
@@ -522,6 +536,14 @@ func TestVectors(t *testing.T) {
 		must(t, err)
 		if !bytes.Equal(m.Payload, v.Payload) || m.Counter != v.Counter || m.SentAt.UnixMilli() != v.SentAt || !bytes.Equal(m.Session[:], v.Session) {
 			t.Errorf("%+v was read where %+v was written", m, v)
+		}
+	}
+	for _, v := range have.Files {
+		e := Epoch{rosters[v.Epoch-1], Key(have.RoomKeys[v.Epoch-1].Key)}
+		got, f, err := opened(e, bus.BlobName(v.Name), v.File, 1000)
+		must(t, err)
+		if !bytes.Equal(got, v.Content) || f.Sender != people[v.Sender].Key() || f.CreatedAt.UnixMilli() != v.CreatedAt {
+			t.Errorf("%+v was read where %+v was written", f, v)
 		}
 	}
 	// HPKE draws its randomness itself; all else is as it was.
@@ -582,6 +604,18 @@ func makeVectors(t *testing.T) vectors {
 		v.Messages = append(v.Messages, vectorMessage{
 			Epoch: e.Roster.Epoch, Sender: "bob", Topic: topic, Payload: []byte(payload), Session: s.session[:], Counter: uint64(i + 1),
 			SentAt: moment.UnixMilli(), Nonce: slices.Clone(raw[41:65]), AD: messageData(e.Roster, bob.Key(), topic, raw[:headerSize]), Message: raw,
+		})
+	}
+	for i, content := range [][]byte{[]byte("in case of fire"), nil} {
+		e, name := epochs[i], []bus.BlobName{"runbook.txt", "empty"}[i]
+		f, err := NewFile(e, bob, name, random, moment)
+		must(t, err)
+		raw, err := io.ReadAll(f.Encrypt(bytes.NewReader(content)))
+		must(t, err)
+		key := e.Key.Derive("file-key", "ops", e.Roster.Epoch)
+		v.Files = append(v.Files, vectorOfFile{
+			Epoch: e.Roster.Epoch, Sender: "bob", Name: string(name), Content: content, Salt: slices.Clone(raw[41:73]),
+			CreatedAt: moment.UnixMilli(), FileKey: key[:], Data: f.data, File: raw,
 		})
 	}
 	v.UserNumber, v.RoomNumber = UserNumber(alice.Key(), bob.Key()), RoomNumber(e2.Roster)

@@ -21,6 +21,7 @@ const (
 	domainRoomKey     = "unibus/v1/room-key\x00"
 	domainEnvelope    = "unibus/v1/envelope\x00"
 	domainMessage     = "unibus/v1/message\x00"
+	domainFile        = "unibus/v1/file\x00"
 	domainUserNumber  = "unibus/v1/user-number\x00"
 	domainRoomNumber  = "unibus/v1/room-number\x00"
 )
