@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"unibus.internal/bus"
+	"unibus.internal/bus/seal"
 	"unibus.internal/bus/sig"
 )
 
@@ -42,6 +43,9 @@ type BlobOptions struct {
 	// Progress is told how many bytes are done, after each piece; less than before
 	// when an upload begins again. May be nil.
 	Progress func(done, total int64)
+	// Keys encrypt and decrypt in encrypted rooms; without them such a room is
+	// refused.
+	Keys *Keys
 }
 
 func blobPath(id bus.RoomID, name bus.BlobName) (string, error) {
@@ -85,8 +89,16 @@ func (c *Client) PutBlob(ctx context.Context, id bus.RoomID, name bus.BlobName, 
 	if err != nil {
 		return bus.BlobChange{}, err
 	}
-	if err := c.mustBePlain(ctx, id); err != nil {
+	sealed, err := c.encrypts(ctx, id, o.Keys)
+	if err != nil {
 		return bus.BlobChange{}, err
+	}
+	if sealed {
+		f, err := o.Keys.file(ctx, id, name)
+		if err != nil {
+			return bus.BlobChange{}, err
+		}
+		content = &sealedContent{file: f, content: content}
 	}
 	sum := sha256.New()
 	size, err := digest(ctx, sum, content)
@@ -97,17 +109,45 @@ func (c *Client) PutBlob(ctx context.Context, id bus.RoomID, name bus.BlobName, 
 	return u.run(ctx)
 }
 
-// mustBePlain keeps what belongs into an encrypted room from being stored
-// unsealed.
-func (c *Client) mustBePlain(ctx context.Context, id bus.RoomID) error {
+// encrypts says whether what a room stores is encrypted: as the service says, and
+// never against what is remembered of the room.
+func (c *Client) encrypts(ctx context.Context, id bus.RoomID, k *Keys) (bool, error) {
 	r, err := c.Room(ctx, id)
 	if err != nil {
-		return err
+		return false, err
 	}
-	if r.Encrypted {
-		return bus.E(bus.Invalid, "room %s is encrypted, and its files cannot be sealed yet", id)
+	if r.Encrypted && k == nil {
+		return false, bus.E(bus.Invalid, "room %s is encrypted, and no keys are given: see BlobOptions.Keys", id)
 	}
-	return nil
+	if r.Encrypted || k == nil {
+		return r.Encrypted, nil
+	}
+	known, err := k.remembers(id)
+	if err == nil && known {
+		err = bus.E(bus.Forbidden, "the servers say that room %s is not encrypted, and it is", id)
+		k.alert(id, bus.UserKey{}, err)
+	}
+	return false, err
+}
+
+// sealedContent is a file as an encrypted room stores it.
+type sealedContent struct {
+	file    *seal.File
+	content io.ReadSeeker
+	out     io.Reader
+}
+
+// Seek goes to the beginning, and nowhere else.
+func (s *sealedContent) Seek(offset int64, whence int) (int64, error) {
+	if offset != 0 || whence != io.SeekStart {
+		return 0, errors.ErrUnsupported
+	}
+	s.out = s.file.Encrypt(s.content)
+	return s.content.Seek(0, io.SeekStart) //nolint:wrapcheck // as io.Seeker wants it
+}
+
+func (s *sealedContent) Read(p []byte) (int, error) {
+	return s.out.Read(p) //nolint:wrapcheck // as io.Reader wants it
 }
 
 func digest(ctx context.Context, sum hash.Hash, content io.ReadSeeker) (size int64, err error) {
@@ -360,7 +400,9 @@ func (o *outgoing) Read(p []byte) (int, error) {
 	return n, err //nolint:wrapcheck // as io.Reader wants it
 }
 
-// GetBlob writes a file of a room to w. A transfer that is cut off goes on where
+// GetBlob writes a file of a room to w, and says of it what is in it: in an
+// encrypted room what was decrypted, by whom it was proven to be stored, and when
+// that was by their clock. A transfer that is cut off goes on where
 // it was, at the next node. An error, also the last one, means that what w has
 // got is not to be used: only nil says that all of it is what was stored. No more
 // of it than a piece is in memory.
@@ -369,10 +411,30 @@ func (c *Client) GetBlob(ctx context.Context, id bus.RoomID, name bus.BlobName, 
 	if err != nil {
 		return bus.BlobInfo{}, err
 	}
-	if err := c.mustBePlain(ctx, id); err != nil {
+	sealed, err := c.encrypts(ctx, id, o.Keys)
+	if err != nil {
 		return bus.BlobInfo{}, err
 	}
 	d := &download{client: c, path: path, w: w, sum: sha256.New(), options: o}
+	if sealed {
+		opener := o.Keys.opener(ctx, id, name, w)
+		d.w = opener
+		var f seal.OpenedFile
+		if err = d.run(ctx); err == nil {
+			f, err = opener.Finish()
+		}
+		switch bus.CodeOf(err) {
+		case "":
+		case bus.Forbidden, bus.Unauthenticated:
+			if d.done > 0 { // not the service's word: what it gave does not belong there
+				o.Keys.alert(id, bus.UserKey{}, err)
+			}
+			fallthrough
+		default:
+			return bus.BlobInfo{}, err
+		}
+		return bus.BlobInfo{Name: name, Size: f.Size, SHA256: f.SHA256.String(), CreatedAt: f.CreatedAt, CreatedBy: f.Sender.NKey()}, nil
+	}
 	if err := d.run(ctx); err != nil {
 		return bus.BlobInfo{}, err
 	}
@@ -502,6 +564,9 @@ func (d *download) copy(body io.Reader, dog *watchdog, f *failover) error {
 			dog.feed(stallTimeout)
 			d.sum.Write(buf[:n])
 			if _, err := d.w.Write(buf[:n]); err != nil {
+				if e := new(bus.Error); errors.As(err, &e) { // what does not open
+					return err //nolint:wrapcheck // it is ours
+				}
 				return bus.E(bus.Invalid, "what was received cannot be written: %w", err)
 			}
 			d.done += int64(n)

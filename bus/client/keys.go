@@ -558,6 +558,38 @@ func (r *roomKeys) seal(ctx context.Context, topic string, payload []byte) ([]by
 	return r.sender.Seal(e, topic, payload)
 }
 
+// file prepares to encrypt a file.
+func (k *Keys) file(ctx context.Context, id bus.RoomID, name bus.BlobName) (*seal.File, error) {
+	r := k.of(id)
+	if err := r.enter(ctx); err != nil {
+		return nil, err
+	}
+	defer r.leave()
+	e, err := r.current(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return seal.NewFile(e, k.cfg.Identity, name, k.cfg.Rand, k.cfg.Now())
+}
+
+// opener decrypts a file into w.
+func (k *Keys) opener(ctx context.Context, id bus.RoomID, name bus.BlobName, w io.Writer) *seal.Opener {
+	r := k.of(id)
+	return seal.NewOpener(name, w, func(epoch uint64) (seal.Epoch, error) {
+		if err := r.enter(ctx); err != nil {
+			return seal.Epoch{}, err
+		}
+		defer r.leave()
+		return r.epoch(ctx, epoch)
+	})
+}
+
+// remembers reports whether keys of a room were ever believed.
+func (k *Keys) remembers(id bus.RoomID) (known bool, err error) {
+	err = k.cfg.Trust.Update(func(t *Trust) error { _, known = t.Rooms[id]; return nil })
+	return known, err
+}
+
 // epoch is what a message says to be under. Our key may have come after it.
 func (r *roomKeys) epoch(ctx context.Context, epoch uint64) (seal.Epoch, error) {
 	key, ok := r.secrets[epoch]
