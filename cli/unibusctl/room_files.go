@@ -96,13 +96,36 @@ func (a *app) roomPut(c *cli.Context) error {
 		return err
 	}
 	defer b.Close()
+	keys, err := a.fileKeys(c, b, id)
+	if err != nil {
+		return err
+	}
 	p := a.progressBar(string(name))
-	done, err := b.PutBlob(c.Context, id, name, f, client.BlobOptions{Replace: c.Bool("replace"), Progress: p.show})
+	done, err := b.PutBlob(c.Context, id, name, f, client.BlobOptions{Replace: c.Bool("replace"), Progress: p.show, Keys: keys})
 	p.clear()
 	if err != nil {
 		return err
 	}
 	return a.fileChanged(done, "stored", "already there")
+}
+
+// fileKeys are the identity's keys, announced if the room needs them.
+func (a *app) fileKeys(c *cli.Context, b *overAPI, id bus.RoomID) (*client.Keys, error) {
+	signer, err := readSigner(a.set.identity)
+	if err != nil {
+		return nil, err
+	}
+	keys, err := a.keysOf(b.Client, signer, a.set.identity)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := a.within(c.Context, changeWithin)
+	defer cancel()
+	room, err := b.Room(ctx, id)
+	if err == nil && room.Encrypted {
+		_, err = keys.Announce(ctx)
+	}
+	return keys, err
 }
 
 func (a *app) fileChanged(done bus.BlobChange, what, already string) error {
@@ -138,8 +161,12 @@ func (a *app) roomGet(c *cli.Context) error {
 		return err
 	}
 	defer b.Close()
+	keys, err := a.fileKeys(c, b, id)
+	if err != nil {
+		return err
+	}
 	if path == "-" {
-		return a.fileToStdout(c, b, id, name)
+		return a.fileToStdout(c, b, id, name, keys)
 	}
 	if _, err := os.Lstat(path); err == nil && !c.Bool("force") {
 		return existsError(path)
@@ -150,7 +177,7 @@ func (a *app) roomGet(c *cli.Context) error {
 	}
 	defer f.Cleanup() //nolint:errcheck // nothing is left to clean after a success
 	p := a.progressBar(string(name))
-	info, err := b.GetBlob(c.Context, id, name, f, client.BlobOptions{Progress: p.show})
+	info, err := b.GetBlob(c.Context, id, name, f, client.BlobOptions{Progress: p.show, Keys: keys})
 	p.clear()
 	if err != nil {
 		return err
@@ -165,7 +192,7 @@ func (a *app) roomGet(c *cli.Context) error {
 	return err
 }
 
-func (a *app) fileToStdout(c *cli.Context, b *overAPI, id bus.RoomID, name bus.BlobName) error {
+func (a *app) fileToStdout(c *cli.Context, b *overAPI, id bus.RoomID, name bus.BlobName, keys *client.Keys) error {
 	if f, ok := a.out.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
 		return usagef("a file is not written to a terminal; name a FILE, or pipe it")
 	}
@@ -173,7 +200,7 @@ func (a *app) fileToStdout(c *cli.Context, b *overAPI, id bus.RoomID, name bus.B
 		return usagef("stdout cannot be both the file and JSON; leave --json out")
 	}
 	p := a.progressBar(string(name))
-	_, err := b.GetBlob(c.Context, id, name, a.out, client.BlobOptions{Progress: p.show})
+	_, err := b.GetBlob(c.Context, id, name, a.out, client.BlobOptions{Progress: p.show, Keys: keys})
 	p.clear()
 	return err
 }
