@@ -78,6 +78,7 @@ func TestBlobs(t *testing.T) {
 		{"revoked in mid upload", b.revokedInMidUpload},
 		{"removed in mid download", b.removedInMidDownload},
 		{"command line", b.commandLine},
+		{"encrypted", b.encrypted},
 		{"memory", b.memory},
 		{"leftovers", b.leftovers},
 		{"a killed node", b.killedNode},
@@ -649,6 +650,79 @@ func (b *blobWorld) commandLine(t *testing.T) {
 	}
 	if left, err := os.ReadDir(dir); err != nil || len(left) != 3 {
 		t.Errorf("left in the directory: %v %v", left, err)
+	}
+}
+
+// In an encrypted room the servers store what they cannot read, and a file that
+// they have changed is noticed by who reads it.
+func (b *blobWorld) encrypted(t *testing.T) {
+	dir := t.TempDir()
+	identity := map[*person]string{b.owner: b.owner.seedFile(t), b.reader: b.reader.seedFile(t)}
+	run := func(p *person, code int, args ...string) cluster.Result {
+		t.Helper()
+		r := b.CLIEnvironment(map[string]string{"UNIBUS_IDENTITY": identity[p]}, nil, args...)
+		if r.Code != code {
+			t.Fatalf("unibusctl %v as %s: %+v, want %d", args, p.name, r, code)
+		}
+		return r
+	}
+	canary := []byte("the canary sings at midnight")
+	data := bytes.Repeat(canary, 10_000)
+	file, out := filepath.Join(dir, "plan"), filepath.Join(dir, "out")
+	if err := os.WriteFile(file, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	run(b.reader, 0, "user", "verify", "olga") // publishes an encryption key
+	run(b.owner, 0, "room", "create", "vault", "--encrypted")
+	run(b.owner, 0, "room", "rekey", "vault")
+	run(b.owner, 0, "room", "add", "vault", "rita", "--role", "reader")
+	run(b.owner, 0, "room", "put", "vault", file)
+	run(b.reader, 0, "room", "get", "vault", "plan", out)
+	if got, err := os.ReadFile(out); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("%d bytes came back, %v", len(got), err)
+	}
+	raw := b.upload(t, 1, b.reader, "GET", "/v1/rooms/vault/blobs/plan", nil, nil)
+	if raw.status != 200 || len(raw.body) <= len(data) || bytes.Contains(raw.body, canary[:12]) {
+		t.Errorf("stored: %d, %d bytes of %d", raw.status, len(raw.body), len(data))
+	}
+	for name, c := range map[string]func() error{
+		"put": func() error {
+			_, err := b.client(t, b.owner).PutBlob(t.Context(), "vault", "x", bytes.NewReader(data), sdk.BlobOptions{})
+			return err
+		},
+		"get": func() error {
+			_, err := b.client(t, b.reader).GetBlob(t.Context(), "vault", "plan", io.Discard, sdk.BlobOptions{})
+			return err
+		},
+	} {
+		if err := c(); bus.CodeOf(err) != bus.Invalid {
+			t.Errorf("%s without keys: %v", name, err)
+		}
+	}
+	changed := bytes.Clone(raw.body)
+	changed[len(changed)/2] ^= 1
+	for name, served := range map[string][]byte{"a byte": changed, "cut off": raw.body[:len(raw.body)-100], "plain": data} {
+		up, err := b.blobs(t, time.Now).Begin(t.Context(), "vault", bus.BlobInfo{Name: "plan", Size: int64(len(served)), SHA256: hexOf(served), CreatedBy: b.owner.key.NKey()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for rest := served; len(rest) > 0; {
+			buf := new([kv.BlobChunk]byte)
+			n := copy(buf[:], rest)
+			if err := up.Write(buf, n); err != nil {
+				t.Fatal(err)
+			}
+			rest = rest[n:]
+		}
+		if _, err := up.Commit(t.Context(), kv.Caller{}, false); err != nil {
+			t.Fatal(err)
+		}
+		if r := run(b.reader, 1, "room", "get", "vault", "plan", out, "--force"); !strings.Contains(r.Stderr, "WARNING") {
+			t.Errorf("%s: %+v", name, r)
+		}
+	}
+	if got, err := os.ReadFile(out); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("what was there before is now %d bytes, %v", len(got), err)
 	}
 }
 
