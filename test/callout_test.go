@@ -373,7 +373,7 @@ func TestCalloutKeyRotation(t *testing.T) {
 	})
 	secrets := []string{"issuer", "xkey"}
 	if full { // of a service, the servers have to be restarted in each stage
-		secrets = append(secrets, "authcallout-auth", "authcallout-ctrl", "authcallout-bus", "membership-ctrl", "membership-bus", "ops")
+		secrets = append(secrets, "authcallout-auth", "authcallout-ctrl", "authcallout-bus", "membership-ctrl", "membership-bus", "ops", "sys")
 	}
 	rotate := func(stage string) {
 		t.Helper()
