@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -208,7 +209,10 @@ type authorities struct {
 	w     *world
 	t     *testing.T
 	users string // the CA file that users have
+	keys  []string
 	alive []func() error
+
+	reloads int
 
 	mu               sync.Mutex
 	refused, unheard int // connects
@@ -250,6 +254,7 @@ func (p *authorities) runs(reloads int, says string, args ...string) {
 	r := p.command(args)
 	p.t.Logf("pki %s\n%s%s", strings.Join(args, " "), r.Stdout, r.Stderr)
 	got := strings.Count(r.Stdout, "reloaded;")
+	p.reloads += got
 	if r.Code != 0 || !strings.Contains(r.Stdout, says) || (reloads > 0 && got != reloads) || !strings.Contains(r.Stderr, " 0 of them dropped") {
 		p.t.Fatalf("pki %s: exit %d, %d servers reloaded, want %d", strings.Join(args, " "), r.Code, got, reloads)
 	}
@@ -297,6 +302,7 @@ func (p *authorities) swap(i int, name, from string) []byte {
 // reload has a server take its files over, past the command.
 func (p *authorities) reload(i int) {
 	p.t.Helper()
+	p.reloads++
 	if r := p.w.In(p.t).CLI("cluster", "reload", "--node", p.w.Node(i), "--yes"); r.Code != 0 {
 		p.t.Fatal(r.Stderr)
 	}
@@ -319,6 +325,7 @@ func (p *authorities) connect(n int) {
 	t := p.t
 	for i := range n {
 		user := p.w.addUser(fmt.Sprintf("ca-%d", i))
+		p.keys = append(p.keys, user.key.NKey())
 		if i%2 == 0 {
 			c := p.w.dial(t, user, func(cfg *sdk.DialConfig) { cfg.API, cfg.TLS, cfg.CAFile = nil, nil, p.users })
 			p.alive = append(p.alive, func() error {
@@ -337,6 +344,7 @@ func (p *authorities) connect(n int) {
 		p.alive = append(p.alive, func() error { return nc.FlushTimeout(10 * time.Second) })
 	}
 	newcomer := p.w.addUser("ca-newcomer")
+	p.keys = append(p.keys, newcomer.key.NKey())
 	ctx, stop := context.WithCancel(t.Context())
 	var work sync.WaitGroup
 	t.Cleanup(func() { stop(); work.Wait() })
@@ -378,8 +386,22 @@ func (p *authorities) all() {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.refused > 0 || p.admitted == 0 {
-		p.t.Errorf("of all connects %d were refused, %d unheard, %d admitted", p.refused, p.unheard, p.admitted)
+	// A server that reloads asks about each of its connections anew; one that has
+	// not said yet who it is has no key, and is told no: a matter of milliseconds,
+	// and of nats-server. Nobody who has shown a key may be.
+	for _, i := range p.w.Nodes() {
+		log, err := os.ReadFile(p.w.LogFile(i, cluster.Authcallout))
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		for line := range strings.SplitSeq(string(log), "\n") {
+			if strings.Contains(line, "result=deny") && slices.ContainsFunc(p.keys, func(key string) bool { return strings.Contains(line, key) }) {
+				p.t.Errorf("n%d refused a user: %s", i, line)
+			}
+		}
+	}
+	if p.refused > p.reloads || p.admitted == 0 {
+		p.t.Errorf("of all connects %d were refused, in %d reloads, %d unheard, %d admitted", p.refused, p.reloads, p.unheard, p.admitted)
 	}
 	p.t.Logf("connects: %d admitted, %d refused, %d that had to be repeated", p.admitted, p.refused, p.unheard)
 }
