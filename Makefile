@@ -87,7 +87,7 @@ FUZZTIME ?= 20s
 fuzz: ## Fuzz every fuzz target for FUZZTIME, then a cluster by its own OpenAPI document
 	@for m in $(MODULES); do (cd $$m && for p in $$(go list ./...); do \
 		for f in $$(go test -list '^Fuzz' $$p | grep '^Fuzz' || true); do \
-			go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) $$p; done; done) || exit; done
+			go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x $$p; done; done) || exit; done
 	$(IN_TEST) -race -v -timeout 30m -run 'SchemaFuzz' .
 
 .PHONY: check check-tools check-format check-lint check-modules check-config check-shell check-units check-monitoring check-package check-binaries check-tree
