@@ -22,10 +22,10 @@ const (
 )
 
 // Messages reads a room's stored messages behind a sequence, or, if since is not
-// zero, those stored from then on: the oldest first, up to limit, or fewer when
-// they are large; none when there are none so far. What is missing between two of them is kept no more.
-// Any replica answers, so the newest may be missing for a moment; what is there
-// is as a quorum has stored it. An error is Unavailable.
+// zero, those stored from then on: the oldest first, up to limit, fewer when they
+// are large, none when there are none so far. What is missing between two of them
+// is kept no more. Any replica answers, so the newest may be missing for a moment;
+// what is there is as a quorum has stored it. An error is Unavailable.
 func (r *Recorder) Messages(ctx context.Context, room bus.RoomID, after uint64, since time.Time, limit int) ([]bus.StoredMessage, error) {
 	ctx, cancel := context.WithTimeout(ctx, streamTimeout)
 	defer cancel()
