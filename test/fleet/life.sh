@@ -82,6 +82,7 @@ life() {
 	replacement
 	planted_after
 	package_leaves_alone
+	disaster
 	for n in 1 2 3; do on "$n" 'systemctl is-active neighbour' >/dev/null || fail "another service of n$n was disturbed"; done
 	step "done"
 }
@@ -374,15 +375,20 @@ partition() {
 	within 30 alice_talks 3
 }
 
+# anew N: another machine, empty, under the name of one that is off.
+anew() {
+	umount "$work/n$1/root" 2>/dev/null || true
+	rm -rf --one-file-system "$work/n$1"
+	sed -i "/^10\.77\.0\.$1 /d" "$work/known_hosts"
+	machine "$1"
+	boot "$1"
+}
+
 # A node whose disk is gone is replaced by an empty machine under its name.
 replacement() {
 	local lost=$SECONDS
 	power_off 3
-	umount "$work/n3/root" 2>/dev/null || true
-	rm -rf --one-file-system "$work/n3"
-	sed -i '/^10\.77\.0\.3 /d' "$work/known_hosts"
-	machine 3
-	boot 3
+	anew 3
 	within 60 on 3 true
 	deploy stage --node n3 --yes >/dev/null 2>&1
 	deploy start --node n3 --yes >/dev/null
@@ -418,4 +424,40 @@ planted_after() {
 	on 1 'mv /etc/unibus/keep /etc/unibus/authcallout.env && systemctl start unibus-authcallout'
 	within 60 ctl cluster wait
 	step "refused: swapped rows; finished: an interrupted stage; named: a wrong configuration"
+}
+
+# who_is_there: what an access decision is made of, whoever holds it.
+who_is_there() {
+	ctl user list --json | grep -oE '"(sign_pub|handle|role|status)": "[^"]*"'
+	ctl room members ops --json | grep -oE '"(handle|nkey|sign_pub|user|role)": "[^"]*"'
+}
+
+# All three disks are gone. What is left is the machine that administers, and the
+# backup; who was revoked after it stays out.
+disaster() {
+	local lost
+	ctl identity new --out "$work/mallory.nk" >/dev/null 2>&1
+	ctl user add --handle mallory --sign-pub "$(ctl identity show "$work/mallory.nk" --json | grep -o 'U[A-Z2-7]\{55\}')" --role member >/dev/null
+	ctl backup key --out "$work/backup.key" >/dev/null
+	ctl --direct backup create --out "$work/today.backup" --recipients-file "$work/backup.key.pub" >/dev/null
+	ctl backup verify "$work/today.backup" --age-identity "$work/backup.key" >/dev/null
+	ctl user revoke mallory --yes >/dev/null
+	who_is_there >"$work/before"
+	lost=$SECONDS
+	for n in 1 2 3; do power_off "$n"; done
+	for n in 1 2 3; do anew "$n"; done
+	for n in 1 2 3; do within 60 on "$n" true; done
+	deploy stage --yes >/dev/null 2>&1
+	deploy start --yes >/dev/null
+	ctl cluster wait >/dev/null
+	alice_is_left_alone 1 || fail "an empty cluster admits"
+	cp "$work/today.backup" "$work/bad.backup"
+	printf x | dd of="$work/bad.backup" bs=1 seek=300 conv=notrunc status=none
+	refuses 'backup' ctl --direct restore "$work/bad.backup" --age-identity "$work/backup.key"
+	ctl --direct restore "$work/today.backup" --age-identity "$work/backup.key" --revoked mallory >"$work/seen" 2>&1 || fail "the restore: $(<"$work/seen")"
+	for n in 1 2 3; do within 30 alice_talks "$n"; done
+	who_is_there >"$work/after"
+	diff "$work/before" "$work/after" || fail "what was restored differs"
+	ctl cluster wait >/dev/null
+	step "all three disks lost; staged, started and restored in $((SECONDS - lost)) s, and who was revoked since stays out"
 }
