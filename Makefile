@@ -80,8 +80,8 @@ tools: ## Unpack Debian's prometheus and haproxy into bin/tools/, for tests
 	@test/tools.sh $(TOOLS)
 
 .PHONY: fleet
-fleet: package ## Three booted Debian systems, reached by ssh, from the inventory to the loss of nodes (root)
-	@test/fleet/fleet.sh
+fleet: package ## Three booted Debian systems, reached by ssh, from the inventory to the loss of all disks (root)
+	@FLEET_FULL=1 test/fleet/fleet.sh
 
 FUZZTIME ?= 20s
 fuzz: ## Fuzz every fuzz target for FUZZTIME, then a cluster by its own OpenAPI document
