@@ -406,13 +406,15 @@ planted_after() {
 	refuses 'is node n2 already' ctl deploy stage --inventory "$work/bad.env" --ssh-config "$work/ssh_config" \
 		--secrets "$work/secrets" --pki "$work/pki" --bin "$bin" --units "$repo/deploy/systemd" --yes
 	# An interrupted stage is taken up, and keeps what was there before it.
-	on 1 'echo 20000101T000000.000Z >/var/lib/unibus-deploy/unfinished; mkdir -p /var/lib/unibus-deploy/backups/20000101T000000.000Z;
-		cd /var/lib/unibus-deploy/backups/20000101T000000.000Z && mkdir -p tree/etc/unibus && cp -p /etc/unibus/node.env tree/etc/unibus/;
-		echo "kept /etc/unibus/node.env" >entries;
-		echo broken >/etc/unibus/node.env'
+	local id kept
+	id=$(date -u +%Y%m%dT%H%M%S.000Z) # the newest: older ones are not kept for ever
+	kept=/var/lib/unibus-deploy/backups/$id
+	on 1 "echo $id >/var/lib/unibus-deploy/unfinished; mkdir -p $kept/tree/etc/unibus; cp -p /etc/unibus/node.env $kept/tree/etc/unibus/;
+		echo 'kept /etc/unibus/node.env' >$kept/entries;
+		echo broken >/etc/unibus/node.env"
 	refuses 'interrupted' deploy start --node n1 --yes
 	deploy stage --node n1 --yes >/dev/null 2>&1
-	on 1 'test ! -e /var/lib/unibus-deploy/unfinished && grep -q UNIBUS_NODE=n1 /etc/unibus/node.env && grep -q UNIBUS_NODE=n1 /var/lib/unibus-deploy/backups/20000101T000000.000Z/tree/etc/unibus/node.env' ||
+	on 1 "test ! -e /var/lib/unibus-deploy/unfinished && grep -q UNIBUS_NODE=n1 /etc/unibus/node.env && grep -q UNIBUS_NODE=n1 $kept/tree/etc/unibus/node.env" ||
 		fail "the interrupted stage was not finished"
 	# A configuration that is wrong at the start: the unit says so and stays down,
 	# the node's others go on.
