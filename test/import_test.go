@@ -83,7 +83,7 @@ type oldSystem struct {
 func newOldSystem(t *testing.T, w *world) *oldSystem {
 	t.Helper()
 	o := &oldSystem{t: t, reader: newPerson(t, "internal"), own: newPerson(t, "old"), people: map[string]*person{}}
-	for _, name := range []string{"boss", "alice", "bob", "carol", "dan"} {
+	for _, name := range []string{"boss", "alice", "bob", "carol", "dan", "eve"} {
 		o.people[name] = newPerson(t, name)
 	}
 	cert, key := selfSigned(t)
@@ -123,7 +123,8 @@ authorization { users: [
 	o.put(t, "users", o.hex("alice"), `{"sign_pub":%q,"handle":"alice","role":"admin","disabled":null}`, o.hex("alice"))
 	o.put(t, "users", o.hex("bob"), `{"sign_pub":%q,"handle":"bob","role":"member","disabled":null}`, o.hex("bob"))
 	o.put(t, "users", o.hex("carol"), `{"sign_pub":%q,"handle":"carol","role":"member","disabled":"2026-01-01"}`, o.hex("carol"))
-	o.put(t, "users", o.hex("dan"), `{"sign_pub":%q,"handle":"dan","role":"member"}`, o.hex("dan"))
+	o.put(t, "users", o.hex("dan"), `{"sign_pub":%q,"handle":"dan","role":"admin"}`, o.hex("dan"))
+	o.put(t, "users", o.hex("eve"), `{"sign_pub":%q,"handle":"eve","role":"member","disabled":"pause"}`, o.hex("eve"))
 	o.put(t, "users", "ffff", `{"sign_pub":"ffff","handle":"broken","role":"member"}`)
 	o.put(t, "users", "deleted", `{"sign_pub":"deleted","handle":"deleted","role":"member"}`)
 	kv, err := js.KeyValue(t.Context(), "UNIBUS_users")
@@ -134,6 +135,7 @@ authorization { users: [
 		t.Fatal(err)
 	}
 	o.put(t, "rooms", "ops", `{"owner":%q}`, o.hex("alice"))
+	o.put(t, "rooms", "attic", `{"owner":%q,"closed":true}`, o.hex("carol"))
 	for name, role := range map[string]string{"alice": "owner", "bob": "write", "carol": "write"} {
 		o.put(t, "members", "ops."+o.hex(name), `{"role":%q}`, role)
 		o.put(t, "rooms_by_member", o.hex(name)+".ops", `{}`)
@@ -212,8 +214,9 @@ func (m *migration) line(more ...string) []string {
 	return append([]string{
 		"import", "--from-nats", m.old.url, "--nkey", m.old.reader.seedFile(m.old.t), "--from-ca", m.old.ca,
 		"--map", "users=UNIBUS_users", "--map", "users.status=disabled", "--value", "users.status:@null=active", "--value", "users.status:@any=revoked",
+		"--value", "users.status:pause=suspended", "--admins", "dan",
 		"--map", "rooms=UNIBUS_rooms", "--map", "rooms.id=@key", "--map", "rooms.creator=owner",
-		"--set", "rooms.status=active", "--set", "rooms.durable=false", "--set", "rooms.encrypted=false",
+		"--map", "rooms.status=closed", "--value", "rooms.status:@null=active", "--value", "rooms.status:true=archived", "--set", "rooms.durable=false", "--set", "rooms.encrypted=false",
 		"--map", "members=UNIBUS_members", "--map", "members.room=@key.1", "--map", "members.user=@key.2", "--map", "members.role=role",
 		"--value", "members.role:write=writer", "--value", "members.role:read=reader", "--set", "members.status=present",
 		"--ignore", "UNIBUS_rooms_by_member", "--ignore", "UNIBUS_room_keys", "--ignore", "UNIBUS_nonces",
@@ -306,8 +309,8 @@ func (m *migration) unmapped(t *testing.T) {
 		got = append(got, fmt.Sprintf("%s %s %d", c.Name, c.Use, c.Records))
 	}
 	want := []string{
-		fmt.Sprintf("UNIBUS_members unknown %d", oldCrowd+3), "UNIBUS_nonces unknown 1", "UNIBUS_room_keys unknown 1", "UNIBUS_rooms unknown 1",
-		"UNIBUS_rooms_by_member unknown 3", fmt.Sprintf("UNIBUS_users unknown %d", oldCrowd+6),
+		fmt.Sprintf("UNIBUS_members unknown %d", oldCrowd+3), "UNIBUS_nonces unknown 1", "UNIBUS_room_keys unknown 1", "UNIBUS_rooms unknown 2",
+		"UNIBUS_rooms_by_member unknown 3", fmt.Sprintf("UNIBUS_users unknown %d", oldCrowd+7),
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("containers %q, want %q", got, want)
@@ -324,8 +327,8 @@ func (m *migration) dryRun(t *testing.T) {
 	before := m.registered(t)
 	for _, more := range [][]string{nil, {"--yes"}, {"--yes", "--partial", "--dry-run"}} {
 		d := m.report(t, 1, m.line(more...)...)
-		if !d.DryRun || d.Complete || d.Counts["users"]["create"] != oldCrowd+4 || d.Counts["users"]["already"] != 1 || d.Counts["users"]["unknown"] != 1 ||
-			d.Counts["rooms"]["create"] != 1 || d.Counts["members"]["create"] != oldCrowd+2 || d.Counts["members"]["skipped"] != 1 {
+		if !d.DryRun || d.Complete || d.Counts["users"]["create"] != oldCrowd+5 || d.Counts["users"]["already"] != 1 || d.Counts["users"]["unknown"] != 1 ||
+			d.Counts["rooms"]["create"] != 2 || d.Counts["members"]["create"] != oldCrowd+2 || d.Counts["members"]["skipped"] != 1 {
 			t.Errorf("%v: %+v", more, d.Counts)
 		}
 		if d.Containers[5].Deleted != 1 {
@@ -361,11 +364,11 @@ func (m *migration) interrupted(t *testing.T) {
 	}
 	_ = cmd.Wait()
 	there := len(m.registered(t))
-	if code := cmd.ProcessState.ExitCode(); code != 130 || there >= oldCrowd+5 {
+	if code := cmd.ProcessState.ExitCode(); code != 130 || there >= oldCrowd+6 {
 		t.Fatalf("exit %d with %d users registered: %s", code, there, said.String())
 	}
 	d := m.report(t, 0, m.line("--yes", "--partial")...)
-	if d.DryRun || d.Complete || d.Counts["users"]["create"]+d.Counts["users"]["already"] != oldCrowd+5 || d.Counts["users"]["already"] != there {
+	if d.DryRun || d.Complete || d.Counts["users"]["create"]+d.Counts["users"]["already"] != oldCrowd+6 || d.Counts["users"]["already"] != there {
 		t.Errorf("%d were there: %+v", there, d.Counts)
 	}
 	for _, i := range d.Items {
@@ -396,18 +399,21 @@ func (m *migration) clientsMove(t *testing.T) {
 	for _, u := range m.view.Users() {
 		roles[string(u.Handle)] = fmt.Sprintf("%s %s", u.Role, u.Status)
 	}
-	for name, want := range map[string]string{"boss": "admin active", "alice": "member active", "bob": "member active", "carol": "member revoked", "dan": "member active"} {
+	for name, want := range map[string]string{"boss": "admin active", "alice": "member active", "bob": "member active", "carol": "member revoked", "dan": "admin active", "eve": "member suspended"} {
 		if roles[name] != want {
 			t.Errorf("%s is %q, want %q", name, roles[name], want)
 		}
 	}
 	alice, bob := m.old.people["alice"], m.old.people["bob"]
 	m.waitAdmits(alice, m.Nodes()...)
-	for i, v := range m.everywhere(m.old.people["carol"]) {
-		if v != refused {
-			t.Errorf("n%d answers somebody who is revoked in the old system: %s", i+1, v)
+	for _, name := range []string{"carol", "eve"} {
+		for i, v := range m.everywhere(m.old.people[name]) {
+			if v != refused {
+				t.Errorf("n%d answers %s, who has no access in the old system: %s", i+1, name, v)
+			}
 		}
 	}
+	m.want(t, 1, "was archived", "room", "create", "attic", "--owner", "alice")
 	reader, err := m.Dial(2, alice.options(m.CA())...)
 	if err != nil {
 		t.Fatal(err)
