@@ -417,6 +417,51 @@ func TestKeyIsNotPrinted(t *testing.T) {
 	}
 }
 
+// signed keeps what it signs.
+type signed struct {
+	person
+	all *[][]byte
+}
+
+func (s signed) Sign(b []byte) ([]byte, error) {
+	*s.all = append(*s.all, bytes.Clone(b))
+	return s.person.Sign(b)
+}
+
+// No server can have a key, a roster, an envelope, an appointment or a message
+// signed as the nonce of a connection, nor the other way round.
+func TestNothingSignedIsANonce(t *testing.T) {
+	var all [][]byte
+	alice := signed{someone(t, "alice"), &all}
+	_, err := alice.private.Bind(alice, moment)
+	must(t, err)
+	k := keyFrom("k")
+	r, err := Roster{Room: "ops", Epoch: 1, CreatedAt: moment, Commitment: k.Commitment("ops", 1), Members: []Member{alice.as(bus.Owner)}}.Sign(alice)
+	must(t, err)
+	_, err = SealEnvelope(alice, r, k, alice.Key(), alice.public)
+	must(t, err)
+	_, err = Appoint(alice, "ops", 2, r.Hash(), alice.Key())
+	must(t, err)
+	s, err := NewSender(alice, rand.Reader, func() time.Time { return moment })
+	must(t, err)
+	_, err = s.Seal(Epoch{r, k}, "x", nil)
+	must(t, err)
+	if len(all) != 5 {
+		t.Fatalf("%d signatures, want one of each kind", len(all))
+	}
+	for i, b := range all {
+		begin, _, ended := bytes.Cut(b, []byte{0})
+		if bus.ServerNonce(b) || !ended || !strings.HasPrefix(string(begin), "unibus/v1/") {
+			t.Errorf("signature %d is over %q", i, b[:min(len(b), 40)])
+		}
+		for j, other := range all {
+			if i != j && bytes.HasPrefix(other, append(begin, 0)) {
+				t.Errorf("signatures %d and %d begin alike", i, j)
+			}
+		}
+	}
+}
+
 // vectors is every byte format, for who writes them in another language.
 type vectors struct {
 	Note  string                `json:"note"`
