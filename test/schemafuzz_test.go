@@ -133,7 +133,7 @@ func newSchemaFuzz(t *testing.T, seed uint64) *schemaFuzz {
 	alice.want(t, http.StatusCreated, "POST", "/v1/rooms", dict{"room": "ops"})
 	alice.changes(t, "PUT", "/v1/rooms/ops/members/bob", dict{"role": "reader"})
 	for _, room := range []string{"lab", "gone-0", "gone-1"} {
-		f.root.want(t, http.StatusCreated, "POST", "/v1/rooms", dict{"room": room})
+		f.root.want(t, http.StatusCreated, "POST", "/v1/rooms", dict{"room": room, "durable": room == "lab"})
 	}
 	f.sealer = f.add(t, "sealer")
 	_, public := f.sealer.sealKey(t, 1)
@@ -611,6 +611,8 @@ func (f *schemaFuzz) meant(rng *rand.Rand, c *fuzzCase, name string) any {
 			return fmt.Sprintf("gone-%d", rng.IntN(2))
 		case first && slices.Contains([]string{"roomKeys", "newEpoch", "grantKeys"}, c.op.id):
 			return "vault"
+		case first && c.op.id == "listMessages":
+			return "lab"
 		case first:
 			return "ops"
 		}
