@@ -20,8 +20,9 @@ import (
 	"unibus.internal/test/cluster"
 )
 
-// TestBackup takes a backup of a live cluster, wipes all three nodes and brings
-// everybody back to exactly what they were. The subtests follow each other.
+// TestBackup takes a backup of a live cluster, repairs what can be repaired
+// without it, wipes all three nodes and brings everybody back to exactly what
+// they were. The subtests follow each other.
 func TestBackup(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, cluster.Options{Lease: directLease})
@@ -38,6 +39,9 @@ func TestBackup(t *testing.T) {
 		{"refused", b.refused},
 		{"merge", b.merge},
 		{"drill", b.drill},
+		{"a frozen stream", b.frozen},
+		{"one replica", b.oneReplica},
+		{"one node wiped", b.nodeWiped},
 		{"all nodes wiped", b.wiped},
 	} {
 		if !t.Run(s.name, s.test) {
@@ -284,6 +288,180 @@ func (b *backups) drill(t *testing.T) {
 	t.Logf("drill: %d records verified in %s", v.Verified, time.Since(started).Round(time.Millisecond))
 }
 
+// freeze stops a stream as any client with a right to publish into it could.
+func (b *backups) freeze(t *testing.T, subject string) {
+	t.Helper()
+	m := nats.NewMsg(subject)
+	m.Header.Set("Nats-Expected-Last-Msg-Id", "nope")
+	if _, err := b.link.RequestMsg(m, 2*time.Second); err != nil {
+		t.Logf("the message that freezes: %v", err)
+	}
+}
+
+// frozen: a stream that takes no write any more is made again from itself, and
+// no revision is ever used twice; one that takes writes is left alone.
+func (b *backups) frozen(t *testing.T) {
+	copies := t.TempDir()
+	repair := func(stream, dir string, more ...string) []string {
+		return append([]string{"--direct", "cluster", "repair", stream, "--save", filepath.Join(copies, dir)}, more...)
+	}
+	b.run(t, 1, "takes writes", repair("users", "healthy", "--yes")...)
+	if _, err := os.Stat(filepath.Join(copies, "healthy")); err == nil {
+		t.Error("a refused repair has left a copy")
+	}
+	before, revisions := b.everything(t), b.revisions(t)
+	audited := b.run(t, 0, "", "--direct", "audit", "verify")
+	for _, s := range []struct{ name, stream, subject string }{
+		{"users", "KV_UNIBUS_users", "$KV.UNIBUS_users._barrier.test.freeze"},
+		{"audit", "UNIBUS_AUDIT", "unibus.audit._barrier.test.freeze"},
+	} {
+		b.freeze(t, s.subject)
+		started := time.Now()
+		b.run(t, 0, "made "+s.stream+" again", repair(s.name, s.name, "--yes")...)
+		t.Logf("repaired %s in %s", s.stream, time.Since(started).Round(time.Millisecond))
+		b.WaitHealthy(60 * time.Second)
+	}
+	b.compare(t, before, b.everything(t))
+	after := b.revisions(t)
+	for key, was := range revisions {
+		if after[key] <= was {
+			t.Errorf("the record of %s had revision %d and has %d", key, was, after[key])
+		}
+	}
+	if r := b.run(t, 0, "", "--direct", "audit", "verify"); r.Code != 0 {
+		t.Errorf("the audit was right and is not: %s, then %s", audited.Stdout, r.Stdout)
+	}
+	b.run(t, 0, "cluster.repair", "--direct", "audit", "list")
+	b.waitAdmits(b.alice, b.Nodes()...)
+	b.answers(refused, b.bob)
+	late := newPerson(t, "late")
+	b.run(t, 0, "registered", "--direct", "user", "add", "--handle", "late", "--sign-pub", late.key.NKey())
+	b.waitAdmits(late, b.Nodes()...)
+	// Gone altogether, as after an interrupted repair: the copy is taken, but not
+	// over a stream that holds anything.
+	from := []string{"--direct", "cluster", "repair", "rooms", "--yes", "--from", filepath.Join(copies, "rooms")}
+	b.freeze(t, "$KV.UNIBUS_rooms._barrier.test.freeze")
+	b.run(t, 2, "needs --yes", repair("rooms", "rooms")...)
+	b.run(t, 1, "holds records", from...)
+	b.run(t, 0, "frozen", "--direct", "cluster", "repair", "rooms", "--dry-run")
+	if err := b.deleteStream("KV_UNIBUS_rooms"); err != nil {
+		t.Fatal(err)
+	}
+	b.run(t, 0, "missing", "--direct", "cluster", "repair", "rooms", "--dry-run")
+	b.run(t, 0, "made KV_UNIBUS_rooms again", from...)
+	b.WaitHealthy(60 * time.Second)
+	b.run(t, 0, "what was", "--direct", "room", "show", "ops")
+}
+
+// oneReplica: what somebody has set to one replica has three again, in place.
+func (b *backups) oneReplica(t *testing.T) {
+	nc := b.Ops()
+	js, err := nc.JetStream(nats.MaxWait(5 * time.Second))
+	if err != nil {
+		t.Fatal(err)
+	}
+	edit := func(stream string, change func(*nats.StreamConfig)) {
+		t.Helper()
+		info, err := js.StreamInfo(stream)
+		if err != nil {
+			t.Fatal(err)
+		}
+		change(&info.Config)
+		if _, err := js.UpdateStream(&info.Config); err != nil {
+			t.Fatal(err)
+		}
+	}
+	before := b.everything(t)
+	for _, stream := range []string{"KV_UNIBUS_users", "KV_UNIBUS_handles"} {
+		edit(stream, func(c *nats.StreamConfig) { c.Replicas = 1 })
+	}
+	edit("KV_UNIBUS_rooms", func(c *nats.StreamConfig) { c.MaxAge = time.Hour })
+	b.run(t, 1, "max_age", "--direct", "cluster", "replicas", "3")
+	edit("KV_UNIBUS_rooms", func(c *nats.StreamConfig) { c.MaxAge = 0 })
+	b.run(t, 1, "three replicas", "--direct", "cluster", "replicas", "1")
+	r := b.run(t, 0, "", "--direct", "cluster", "replicas", "3", "--json")
+	var v struct {
+		Streams []kv.Raised
+		Proven  bool
+	}
+	if err := json.Unmarshal([]byte(r.Stdout), &v); err != nil || !v.Proven || len(v.Streams) != len(kv.Streams()) {
+		t.Fatalf("%v: %s%s", err, r.Stdout, r.Stderr)
+	}
+	for _, s := range v.Streams {
+		raised := s.Stream == "KV_UNIBUS_users" || s.Stream == "KV_UNIBUS_handles"
+		if s.Replicas != 3 || s.FollowersCurrent != 2 || !s.Written || (s.Was == 1) != raised {
+			t.Errorf("%+v", s)
+		}
+	}
+	b.compare(t, before, b.everything(t))
+	b.WaitHealthy(60 * time.Second)
+}
+
+// nodeWiped: a node that has lost its disk is filled by the others, and counts
+// again: with it, the loss of another one is survived.
+func (b *backups) nodeWiped(t *testing.T) {
+	before := b.everything(t)
+	b.Kill(3)
+	meanwhile := newPerson(t, "meanwhile")
+	cluster.WaitFor(t, 60*time.Second, "a change without the third node", func() error {
+		if r := b.CLI("--direct", "user", "add", "--handle", "meanwhile", "--sign-pub", meanwhile.key.NKey()); r.Code != 0 {
+			return fmt.Errorf("exit %d: %s%s", r.Code, r.Stdout, r.Stderr)
+		}
+		return nil
+	})
+	b.wipe(t, 3)
+	b.StartNode(3)
+	started := time.Now()
+	cluster.WaitFor(t, 90*time.Second, "three current replicas of everything", func() error {
+		for _, h := range kv.Health(t.Context(), b.link) {
+			if h.Err != nil || h.Leader == "" || h.FollowersCurrent != 2 {
+				return fmt.Errorf("%s: leader %q, %d followers current: %w", h.Stream, h.Leader, h.FollowersCurrent, h.Err)
+			}
+		}
+		return nil
+	})
+	t.Logf("filled again after %s", time.Since(started).Round(time.Millisecond))
+	b.WaitHealthy(60 * time.Second)
+	b.Kill(1)
+	cluster.WaitFor(t, 60*time.Second, "a change with the node that was wiped as half of the quorum", func() error {
+		if r := b.CLIEnvironment(map[string]string{"UNIBUS_NATS_URL": b.NATSURL(3)}, nil, "--direct", "room", "create", "after", "--owner", "alice"); r.Code != 0 {
+			return fmt.Errorf("exit %d: %s%s", r.Code, r.Stdout, r.Stderr)
+		}
+		return nil
+	})
+	b.StartNode(1)
+	b.WaitHealthy(60 * time.Second)
+	after := b.everything(t)
+	for k, v := range before {
+		if after[k] != v {
+			t.Errorf("%s was %s and is %q", k, v, after[k])
+		}
+	}
+}
+
+// revisions are those of all users, by hex key.
+func (b *backups) revisions(t *testing.T) map[string]uint64 {
+	t.Helper()
+	var v struct{ Users []bus.UserInfo }
+	r := b.run(t, 0, "", "--direct", "user", "list", "--json")
+	if err := json.Unmarshal([]byte(r.Stdout), &v); err != nil {
+		t.Fatal(err)
+	}
+	out := map[string]uint64{}
+	for _, u := range v.Users {
+		out[u.SignPub.Hex()] = u.Revision
+	}
+	return out
+}
+
+// wipe takes the disk of a node that does not run.
+func (b *backups) wipe(t *testing.T, i int) {
+	t.Helper()
+	if err := os.RemoveAll(filepath.Join(b.NodeDir(i), "state")); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // wiped: all three stores are lost.
 func (b *backups) wiped(t *testing.T) {
 	b.file = filepath.Join(b.dir, "two.backup")
@@ -293,9 +471,7 @@ func (b *backups) wiped(t *testing.T) {
 		b.Kill(i)
 	}
 	for _, i := range b.Nodes() {
-		if err := os.RemoveAll(filepath.Join(b.NodeDir(i), "state")); err != nil {
-			t.Fatal(err)
-		}
+		b.wipe(t, i)
 	}
 	for _, i := range b.Nodes() {
 		b.StartNode(i)
@@ -378,7 +554,7 @@ func (b *backups) everything(t *testing.T) map[string]string {
 			}
 			e, err := store.Get(k)
 			if err != nil {
-				t.Fatal(err)
+				t.Fatalf("%s %q: %v", bucket, k, err)
 			}
 			if bucket == kv.RoomsByMember && strings.Contains(string(e.Value()), `"present":false`) {
 				continue

@@ -57,6 +57,7 @@ const (
 	BlobLimits         Name = "blob-limits"          // off: a room may store any number of files of any size
 	BlobDigest         Name = "blob-digest"          // off: what was uploaded is not held to the digest that was signed
 	Tombstones         Name = "tombstones"           // off: a restore writes over what is there
+	OnlyFrozen         Name = "only-frozen"          // off: a stream that takes writes is repaired too
 	BackupSignature    Name = "backup-signature"     // off: the signature of a backup is not verified
 	LeaveAtOnce        Name = "leave-at-once"        // off: a callout without a lease leaves the queue group by and by
 )

@@ -119,6 +119,7 @@ func (v *View) feed(ctx context.Context, i int, patience time.Duration) (opened 
 type tail struct {
 	sub     *nats.Subscription
 	pending uint64 // records that were there when it was made
+	node    string // whose replica it reads
 	close   func()
 }
 
@@ -147,7 +148,11 @@ func openConsumer(ctx context.Context, nc *nats.Conn, stream string, start nats.
 	if err != nil {
 		return nil, errors.Join(err, sub.Unsubscribe())
 	}
-	return &tail{sub: sub, pending: consumer.NumPending, close: func() {
+	node := ""
+	if consumer.Cluster != nil {
+		node = consumer.Cluster.Leader
+	}
+	return &tail{sub: sub, pending: consumer.NumPending, node: node, close: func() {
 		_ = sub.Unsubscribe()
 		_ = js.DeleteConsumer(stream, consumer.Name, nats.MaxWait(100*time.Millisecond))
 	}}, nil

@@ -196,13 +196,18 @@ func saveBackup(path string, at time.Time, sources []backupSource, recipients []
 		return nil, nil, fmt.Errorf("what was written to %s cannot be read back: %w", dir, err)
 	}
 	defer written.Close()
-	switch err := os.Link(f.Name(), path); {
+	return counts, written, nameFile(f.Name(), path)
+}
+
+// nameFile gives a finished file its name, if nothing has it.
+func nameFile(finished, path string) error {
+	switch err := os.Link(finished, path); {
 	case errors.Is(err, fs.ErrExist):
-		return nil, nil, bus.E(bus.Conflict, "%s exists already, and a backup is never overwritten", path).WithHint("another --out")
+		return bus.E(bus.Conflict, "%s exists already, and is not overwritten", path).WithHint("another name")
 	case err != nil:
-		return nil, nil, fmt.Errorf("write %s: %w", path, err)
+		return fmt.Errorf("write %s: %w", path, err)
 	}
-	return counts, written, syncDir(dir)
+	return syncDir(filepath.Dir(path))
 }
 
 // syncDir makes a new name in a directory survive a power cut.
@@ -350,16 +355,42 @@ func (b *backupFile) snapshot(identities []age.Identity) (*kv.Snapshot, []partCo
 	return snap, counts, nil
 }
 
-// readLines is the reverse of writeLines. A snapshot that does not end is none.
+// readLines is the reverse of writeLines, for what a restore knows. A snapshot
+// that does not end is none.
 func readLines(r io.Reader) (*kv.Snapshot, []partCount, error) {
-	in := bufio.NewScanner(r)
-	in.Buffer(make([]byte, 64<<10), mostLine)
 	known := map[string]bool{
 		kv.PartUsers: true, kv.PartRooms: true, kv.PartMembers: true, kv.PartHandles: true, kv.PartRoomKeys: true, kv.PartAudit: true,
 	}
-	snap, counts := &kv.Snapshot{}, []partCount{}
-	var open *kv.Part
-	size, count, ended := 0, 0, false
+	snap, size := &kv.Snapshot{}, 0
+	begin := func(p kv.Part) error {
+		if known[p.Name] {
+			p.Records = []kv.StoredRecord{}
+			snap.Parts = append(snap.Parts, p)
+		}
+		return nil
+	}
+	at, counts, err := scanLines(r, begin, func(part string, r kv.StoredRecord) error {
+		if !known[part] {
+			return nil
+		}
+		if size += len(r.Key) + len(r.Value); size > mostSnapshot {
+			return fmt.Errorf("its records are more than %d MiB", mostSnapshot>>20)
+		}
+		p := &snap.Parts[len(snap.Parts)-1]
+		p.Records = append(p.Records, r)
+		return nil
+	})
+	snap.At = at
+	return snap, counts, err
+}
+
+// scanLines hands out parts and records as they come. Only without an error was
+// what it handed out the whole of it.
+func scanLines(r io.Reader, begin func(kv.Part) error, each func(part string, r kv.StoredRecord) error) (taken time.Time, counts []partCount, err error) {
+	in := bufio.NewScanner(r)
+	in.Buffer(make([]byte, 64<<10), mostLine)
+	counts = []partCount{}
+	open, count, ended := "", 0, false
 	for n := 1; in.Scan(); n++ {
 		if in.Err() != nil { // this line is what there was before the fault
 			break
@@ -367,7 +398,7 @@ func readLines(r io.Reader) (*kv.Snapshot, []partCount, error) {
 		var l backupLine
 		d := json.NewDecoder(bytes.NewReader(in.Bytes()))
 		if err := d.Decode(&l); err != nil || d.More() {
-			return nil, nil, fmt.Errorf("line %d cannot be read", n)
+			return taken, nil, fmt.Errorf("line %d cannot be read", n)
 		}
 		at := time.Time{}
 		if l.At != nil {
@@ -375,45 +406,40 @@ func readLines(r io.Reader) (*kv.Snapshot, []partCount, error) {
 		}
 		switch {
 		case ended:
-			return nil, nil, fmt.Errorf("line %d comes after the end", n)
+			return taken, nil, fmt.Errorf("line %d comes after the end", n)
 		case n == 1 && l.Snapshot == 1:
-			snap.At = at
+			taken = at
 		case n == 1:
-			return nil, nil, fmt.Errorf("version %d of the snapshot is unknown", l.Snapshot)
-		case l.Part != "" && open == nil:
-			open, count = &kv.Part{Name: l.Part, Stream: l.Stream, Created: at, Records: []kv.StoredRecord{}}, 0
-		case l.Key != "" && open != nil:
+			return taken, nil, fmt.Errorf("version %d of the snapshot is unknown", l.Snapshot)
+		case l.Part != "" && open == "":
+			open, count = l.Part, 0
+			err = begin(kv.Part{Name: l.Part, Stream: l.Stream, Created: at})
+		case l.Key != "" && open != "":
 			count++
-			if !known[open.Name] {
-				continue
-			}
-			if size += len(l.Key) + len(l.Data); size > mostSnapshot {
-				return nil, nil, fmt.Errorf("its records are more than %d MiB", mostSnapshot>>20)
-			}
 			switch {
 			case l.Deleted:
 				l.Data = nil
 			case l.Data == nil:
 				l.Data = []byte{}
 			}
-			open.Records = append(open.Records, kv.StoredRecord{Key: l.Key, Revision: l.Revision, At: at, Value: l.Data})
-		case l.End != "" && l.Count != nil && open != nil && l.End == open.Name && *l.Count == count:
-			if known[open.Name] {
-				snap.Parts = append(snap.Parts, *open)
-			}
-			counts = append(counts, partCount{open.Name, count})
-			open = nil
-		case l.End == "snapshot" && l.Count != nil && open == nil && *l.Count == len(counts):
+			err = each(open, kv.StoredRecord{Key: l.Key, Revision: l.Revision, At: at, Value: l.Data})
+		case l.End != "" && l.Count != nil && open != "" && l.End == open && *l.Count == count:
+			counts = append(counts, partCount{open, count})
+			open = ""
+		case l.End == "snapshot" && l.Count != nil && open == "" && *l.Count == len(counts):
 			ended = true
 		default:
-			return nil, nil, fmt.Errorf("line %d does not belong there", n)
+			return taken, nil, fmt.Errorf("line %d does not belong there", n)
+		}
+		if err != nil {
+			return taken, nil, err
 		}
 	}
 	switch {
 	case in.Err() != nil:
-		return nil, nil, in.Err()
+		return taken, nil, in.Err()
 	case !ended:
-		return nil, nil, errors.New("it is cut off")
+		return taken, nil, errors.New("it is cut off")
 	}
-	return snap, counts, nil
+	return taken, counts, nil
 }

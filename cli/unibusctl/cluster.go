@@ -47,6 +47,8 @@ func (a *app) clusterCommand() *cli.Command {
 			},
 			a.clusterReloadCommand(),
 			a.clusterForgetCommand(),
+			a.clusterReplicasCommand(),
+			a.clusterRepairCommand(),
 			a.clusterGateCommand(),
 			a.clusterRolloutCommand(),
 		},
