@@ -326,7 +326,7 @@ func (u *upload) attempt(ctx context.Context, f *failover) (*answer, error) {
 	ctx, dog := newWatchdog(ctx)
 	defer dog.end()
 	body := &outgoing{upload: u, failover: f, dog: dog}
-	defer body.detach()
+	defer func() { _ = body.detach() }()
 	req, err := http.NewRequestWithContext(ctx, http.MethodPut, u.client.nodes[f.node]+u.path, body)
 	if err != nil {
 		return nil, bus.E(bus.Invalid, "no request can be made of %.200q: %w", u.path, err)
