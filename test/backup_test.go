@@ -315,6 +315,9 @@ func (b *backups) frozen(t *testing.T) {
 		{"users", "KV_UNIBUS_users", "$KV.UNIBUS_users._barrier.test.freeze"},
 		{"audit", "UNIBUS_AUDIT", "unibus.audit._barrier.test.freeze"},
 	} {
+		if s.name != "users" && !full { // it takes a quarter of a minute to be sure that a stream is frozen
+			continue
+		}
 		b.freeze(t, s.subject)
 		started := time.Now()
 		b.run(t, 0, "made "+s.stream+" again", repair(s.name, s.name, "--yes")...)
@@ -337,6 +340,9 @@ func (b *backups) frozen(t *testing.T) {
 	late := newPerson(t, "late")
 	b.run(t, 0, "registered", "--direct", "user", "add", "--handle", "late", "--sign-pub", late.key.NKey())
 	b.waitAdmits(late, b.Nodes()...)
+	if !full {
+		return
+	}
 	// Gone altogether, as after an interrupted repair: the copy is taken, but not
 	// over a stream that holds anything.
 	from := []string{"--direct", "cluster", "repair", "rooms", "--yes", "--from", filepath.Join(copies, "rooms")}
