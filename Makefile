@@ -59,7 +59,7 @@ test: tools ## Unit tests of every module, then the tests on real clusters
 	cd test && $(CLEAN_ENV) go test -race -count=1 -p 1 -parallel 3 -timeout 30m ./...
 
 chaos: ## Long tests with killed and paused processes, at full numbers
-	$(IN_TEST) -race -v -parallel 1 -timeout 90m -run 'Currency|NoClientIsLost|Quorum|Linearizable|EnforceMany|Threats|Interrupted|Proof|Connections|SDK|ClusterReload|DoctorServers|EnforceFaults|EnforceRaceMany|Partition|Storm|Durable$$|CalloutKeyRotation|Gate$$|Blobs|Backup' .
+	$(IN_TEST) -race -v -parallel 1 -timeout 90m -run 'Currency|NoClientIsLost|Quorum|TestStart$$|Linearizable|EnforceMany|Threats|Interrupted|Proof|Connections|SDK|ClusterReload|DoctorServers|EnforceFaults|EnforceRaceMany|Partition|Storm|Durable$$|CalloutKeyRotation|Gate$$|Blobs|Backup' .
 
 controls: ## Prove that the tests notice: take one protection away at a time
 	$(IN_TEST) -v -timeout 60m -run 'TestControls' .
