@@ -1066,3 +1066,52 @@ func BenchmarkVerify(b *testing.B) {
 		}
 	}
 }
+
+// A body that is streamed is signed as any other: whoever has it can tell, and
+// nobody acts on another one.
+func TestStreamsAreSignedAlike(t *testing.T) {
+	id, err := sig.ParseIdentity([]byte("SUAAAAICAMCAKBQHBAEQUCYMBUHA6EARCIJRIFIWC4MBSGQ3DQOR4H776Y"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := time.Unix(1795484697, 0)
+	build := func(sign func(r *http.Request) error) *http.Request {
+		r, err := http.NewRequest(http.MethodPut, "https://n1.example.org:8470/v1/rooms/ops/blobs/x", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := sign(r); err != nil {
+			t.Fatal(err)
+		}
+		r.RequestURI = r.URL.RequestURI()
+		r.URL.Host, r.URL.Scheme = "", ""
+		return r
+	}
+	body := []byte("content")
+	nonce := strings.Repeat("n", 22)
+	whole := build(func(r *http.Request) error { return sig.Sign(r, body, id, now, nonce) })
+	stream := build(func(r *http.Request) error { return sig.SignStream(r, sig.DigestOf(body), id, now, nonce) })
+	if whole.Header.Get("Signature") != stream.Header.Get("Signature") {
+		t.Error("one body has two signatures")
+	}
+	v, digest, err := sig.VerifyStream(stream, []string{"n1.example.org:8470"}, now)
+	if err != nil || digest != sig.DigestOf(body) || v.Key != id.Key() {
+		t.Errorf("%+v %x %v", v, digest, err)
+	}
+	if _, err := sig.Verify(stream, []byte("other"), []string{"n1.example.org:8470"}, now); err == nil {
+		t.Error("another body is accepted")
+	}
+	for _, field := range []string{"", "sha-256=", "sha-512=:" + strings.Repeat("A", 43) + "=:", "sha-256=:" + strings.Repeat("A", 43) + ":", sig.DigestOf(body).Field() + " ", "sha-256=:AAAA:"} {
+		if _, ok := sig.ParseDigest(field); ok {
+			t.Errorf("%q is a digest", field)
+		}
+		r := stream.Clone(t.Context())
+		r.Header.Set("Content-Digest", field)
+		if _, _, err := sig.VerifyStream(r, []string{"n1.example.org:8470"}, now); err == nil {
+			t.Errorf("Content-Digest %q is accepted", field)
+		}
+	}
+	if d, ok := sig.ParseDigest(sig.DigestOf(nil).Field()); !ok || d != sig.DigestOf(nil) {
+		t.Error("a digest is not read as it is written")
+	}
+}
