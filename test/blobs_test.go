@@ -79,6 +79,7 @@ func TestBlobs(t *testing.T) {
 		{"removed in mid download", b.removedInMidDownload},
 		{"command line", b.commandLine},
 		{"encrypted", b.encrypted},
+		{"another language", b.anotherLanguage},
 		{"memory", b.memory},
 		{"leftovers", b.leftovers},
 		{"a killed node", b.killedNode},

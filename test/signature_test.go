@@ -9,6 +9,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"net/http"
@@ -24,22 +25,26 @@ import (
 	"unibus.internal/bus/sig"
 )
 
-// node runs testdata/node/signature.cjs, a client in another language on
-// another implementation of RFC 9421. The modules are installed once, from a
-// lock file that pins their content, and kept where the user's caches are.
+// node runs a program of testdata, a client in another language that shares no
+// code with unibus. Its modules are installed once, from a lock file that pins
+// their content, and kept where the user's caches are.
 type node struct {
 	t       testing.TB
+	program string
 	modules string
 }
 
-func newNode(t testing.TB) *node {
+// signatures is a client on another implementation of RFC 9421.
+const signatures = "testdata/node/signature.cjs"
+
+func newNode(t testing.TB, script string) *node {
 	t.Helper()
 	for _, program := range []string{"node", "npm"} {
 		if _, err := exec.LookPath(program); err != nil {
 			t.Skipf("needs %s (Node.js 20 or newer): %v", program, err)
 		}
 	}
-	lock, err := os.ReadFile("testdata/node/package-lock.json")
+	lock, err := os.ReadFile(filepath.Join(filepath.Dir(script), "package-lock.json"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -50,7 +55,7 @@ func newNode(t testing.TB) *node {
 	sum := sha256.Sum256(lock)
 	dir := filepath.Join(cache, "unibus-test", "node-"+hex.EncodeToString(sum[:8]))
 	if _, err := os.Stat(dir); err == nil {
-		return &node{t, dir}
+		return &node{t, script, dir}
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		t.Fatal(err)
 	}
@@ -65,7 +70,7 @@ func newNode(t testing.TB) *node {
 	}
 	defer func() { _ = os.RemoveAll(fresh) }()
 	for _, name := range []string{"package.json", "package-lock.json"} {
-		data, err := os.ReadFile(filepath.Join("testdata/node", name))
+		data, err := os.ReadFile(filepath.Join(filepath.Dir(script), name))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -80,33 +85,41 @@ func newNode(t testing.TB) *node {
 		t.Fatalf("the modules are not those of package-lock.json: %s", tail(string(out)))
 	}
 	if err != nil {
-		t.Skipf("npm cannot install http-message-signatures here: %v\n%s", err, tail(string(out)))
+		t.Skipf("npm cannot install the modules of %s here: %v\n%s", script, err, tail(string(out)))
 	}
 	if err := os.Rename(fresh, dir); err != nil {
 		if _, there := os.Stat(dir); there != nil { // else another run was faster
 			t.Fatal(err)
 		}
 	}
-	return &node{t, dir}
+	return &node{t, script, dir}
 }
 
 func (n *node) ask(request map[string]any, answer any) {
 	n.t.Helper()
+	if err := n.try(request, answer); err != nil {
+		n.t.Fatalf("node: %v", err)
+	}
+}
+
+// try may be called from any goroutine.
+func (n *node) try(request map[string]any, answer any) error {
 	in, err := json.Marshal(request)
 	if err != nil {
-		n.t.Fatal(err)
+		return err
 	}
 	ctx, cancel := context.WithTimeout(n.t.Context(), time.Minute)
 	defer cancel()
 	var stdout, stderr bytes.Buffer
-	cmd := exec.CommandContext(ctx, "node", "testdata/node/signature.cjs", n.modules)
+	cmd := exec.CommandContext(ctx, "node", n.program, n.modules)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(in), &stdout, &stderr
 	if err := cmd.Run(); err != nil {
-		n.t.Fatalf("node: %v\n%s", err, stderr.String())
+		return fmt.Errorf("%w\n%s", err, &stderr)
 	}
 	if err := json.Unmarshal(stdout.Bytes(), answer); err != nil {
-		n.t.Fatalf("node: %v: %s", err, stdout.String())
+		return fmt.Errorf("%w: %s", err, &stdout)
 	}
+	return nil
 }
 
 type nodeSigned struct {
@@ -119,7 +132,7 @@ type nodeSigned struct {
 func signWithNode(t testing.TB, seedFile, method, url string, body []byte) http.Header {
 	t.Helper()
 	var signed nodeSigned
-	newNode(t).ask(map[string]any{"op": "sign", "seed_file": seedFile, "method": method, "url": url, "body": body}, &signed)
+	newNode(t, signatures).ask(map[string]any{"op": "sign", "seed_file": seedFile, "method": method, "url": url, "body": body}, &signed)
 	h := http.Header{}
 	for name, value := range signed.Headers {
 		h.Set(name, value)
@@ -149,7 +162,7 @@ func serverSide(t testing.TB, req *http.Request) (*http.Request, []byte) {
 // both ways: docs/protocol.md section 7.1 is enough to write one.
 func TestSignatureInterop(t *testing.T) {
 	t.Parallel()
-	n := newNode(t)
+	n := newNode(t, signatures)
 	pair, err := nkeys.CreateUser()
 	if err != nil {
 		t.Fatal(err)
