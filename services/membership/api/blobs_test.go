@@ -61,10 +61,18 @@ func TestWhoseBodyIsStreamed(t *testing.T) {
 		method, path string
 		want         bool
 	}{
-		{"PUT", "/v1/rooms/ops/blobs/x", true}, {"PUT", "/v1/rooms/ops/blobs/a%20b", true}, {"PUT", "/v1/rooms/ops/blobs/a%2Cb", true},
-		{"GET", "/v1/rooms/ops/blobs/x", false}, {"POST", "/v1/rooms/ops/blobs/x", false}, {"DELETE", "/v1/rooms/ops/blobs/x", false},
-		{"PUT", "/v1/rooms/ops/blobs", false}, {"PUT", "/v1/rooms/ops/blobs/", false}, {"PUT", "/v1/rooms/ops/blobs/x/y", false},
-		{"PUT", "/v1/rooms/ops/members/alice", false}, {"PUT", "/v1/me/encryption-key", false}, {"put", "/v1/rooms/ops/blobs/x", false},
+		{"PUT", "/v1/rooms/ops/blobs/x", true},
+		{"PUT", "/v1/rooms/ops/blobs/a%20b", true},
+		{"PUT", "/v1/rooms/ops/blobs/a%2Cb", true},
+		{"GET", "/v1/rooms/ops/blobs/x", false},
+		{"POST", "/v1/rooms/ops/blobs/x", false},
+		{"DELETE", "/v1/rooms/ops/blobs/x", false},
+		{"PUT", "/v1/rooms/ops/blobs", false},
+		{"PUT", "/v1/rooms/ops/blobs/", false},
+		{"PUT", "/v1/rooms/ops/blobs/x/y", false},
+		{"PUT", "/v1/rooms/ops/members/alice", false},
+		{"PUT", "/v1/me/encryption-key", false},
+		{"put", "/v1/rooms/ops/blobs/x", false},
 	} {
 		r := httptest.NewRequest(http.MethodGet, q.path, nil)
 		r.Method = q.method
