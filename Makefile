@@ -56,7 +56,7 @@ demo: up ## Walk through the system on the local cluster
 .PHONY: test chaos controls bench fuzz
 test: tools ## Unit tests of every module, then the tests on real clusters
 	@for m in $(UNITS); do (cd $$m && $(CLEAN_ENV) go test -race ./...) || exit; done
-	cd test && $(CLEAN_ENV) go test -race -count=1 -p 1 -parallel 3 -timeout 30m ./...
+	cd test && $(CLEAN_ENV) go test -race -count=1 -p 1 -parallel 3 -timeout 40m ./...
 
 chaos: ## Long tests with killed and paused processes, at full numbers
 	$(IN_TEST) -race -v -parallel 1 -timeout 90m -run 'Currency|NoClientIsLost|Quorum|TestStart$$|Linearizable|EnforceMany|Threats|Interrupted|Proof|Connections|SDK|ClusterReload|DoctorServers|EnforceFaults|EnforceRaceMany|Partition|Storm|Durable$$|CalloutKeyRotation|Gate$$|Blobs|Backup' .

@@ -93,6 +93,7 @@ func TestControls(t *testing.T) {
 	if os.Getenv("UNIBUS_GUARD_OFF") != "" {
 		t.Skip("this is the run of a control")
 	}
+	t.Parallel()
 	for _, c := range controls {
 		t.Run(string(c.off), func(t *testing.T) {
 			if c.live && !full {
