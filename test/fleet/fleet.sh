@@ -185,6 +185,7 @@ main() {
 	base_system
 	work=$(mktemp -d "${TMPDIR:-/var/tmp}/unibus-fleet.XXXXXX")
 	trap cleanup EXIT
+	trap 'exit 130' INT TERM HUP
 	api=https://10.77.0.1:8470,https://10.77.0.2:8470,https://10.77.0.3:8470
 	nats=tls://10.77.0.1:4250,tls://10.77.0.2:4250,tls://10.77.0.3:4250
 	ssh-keygen -q -t ed25519 -N '' -f "$work/key"

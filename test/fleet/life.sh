@@ -406,10 +406,10 @@ planted_after() {
 	refuses 'is node n2 already' ctl deploy stage --inventory "$work/bad.env" --ssh-config "$work/ssh_config" \
 		--secrets "$work/secrets" --pki "$work/pki" --bin "$bin" --units "$repo/deploy/systemd" --yes
 	# An interrupted stage is taken up, and keeps what was there before it.
-	local id kept
-	id=$(date -u +%Y%m%dT%H%M%S.000Z) # the newest: older ones are not kept for ever
-	kept=/var/lib/unibus-deploy/backups/$id
-	on 1 "echo $id >/var/lib/unibus-deploy/unfinished; mkdir -p $kept/tree/etc/unibus; cp -p /etc/unibus/node.env $kept/tree/etc/unibus/;
+	local stamp kept
+	stamp=$(date -u +%Y%m%dT%H%M%S.000Z) # the newest: older ones are not kept for ever
+	kept=/var/lib/unibus-deploy/backups/$stamp
+	on 1 "echo $stamp >/var/lib/unibus-deploy/unfinished; mkdir -p $kept/tree/etc/unibus; cp -p /etc/unibus/node.env $kept/tree/etc/unibus/;
 		echo 'kept /etc/unibus/node.env' >$kept/entries;
 		echo broken >/etc/unibus/node.env"
 	refuses 'interrupted' deploy start --node n1 --yes
