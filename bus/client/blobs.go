@@ -426,7 +426,7 @@ func (c *Client) GetBlob(ctx context.Context, id bus.RoomID, name bus.BlobName, 
 		switch bus.CodeOf(err) {
 		case "":
 		case bus.Forbidden, bus.Unauthenticated:
-			if d.done > 0 { // not the service's word: what it gave does not belong there
+			if d.tag != "" { // not the word of the service, which gave a file: it does not belong there
 				o.Keys.alert(id, bus.UserKey{}, err)
 			}
 			fallthrough
