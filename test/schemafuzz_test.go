@@ -511,6 +511,10 @@ func (f *schemaFuzz) object(rng *rand.Rand, c *fuzzCase, schema map[string]any) 
 		if c.i < len(f.ops) {
 			out = map[string]any{"envelopes": []any{}}
 		}
+	case "changeRoom": // a retention is for durable rooms, and for rooms of which something is kept
+		if c.i < len(f.ops) {
+			out = map[string]any{"description": "changed"}
+		}
 	case "changeUser":
 		if len(out) == 0 {
 			out["role"] = "member"
