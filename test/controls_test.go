@@ -72,6 +72,7 @@ var controls = []control{
 	{off: guard.CAOverlap, dir: "test", test: "TestAuthorities", live: true},
 	{off: guard.Replay, dir: "bus/client", test: "TestKeysMessages"},
 	{off: guard.RoomPin, dir: "bus/client", test: "TestKeysServerForgets"},
+	{off: guard.RoomPin, dir: "bus/client", test: "TestKeysServerCallsItPlain"},
 	{off: guard.AdmitByOwner, dir: "bus/client", test: "TestKeysNoGhost"},
 	{off: guard.RosterSigner, dir: "bus/client", test: "TestKeysNoGhost"},
 	{off: guard.ImportTLS, dir: "cli/unibusctl", test: "TestImportTLS"},

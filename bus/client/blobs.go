@@ -109,8 +109,7 @@ func (c *Client) PutBlob(ctx context.Context, id bus.RoomID, name bus.BlobName, 
 	return u.run(ctx)
 }
 
-// encrypts says whether what a room stores is encrypted: as the service says, and
-// never against what is remembered of the room.
+// encrypts says whether what a room stores is encrypted.
 func (c *Client) encrypts(ctx context.Context, id bus.RoomID, k *Keys) (bool, error) {
 	r, err := c.Room(ctx, id)
 	if err != nil {
@@ -119,15 +118,7 @@ func (c *Client) encrypts(ctx context.Context, id bus.RoomID, k *Keys) (bool, er
 	if r.Encrypted && k == nil {
 		return false, bus.E(bus.Invalid, "room %s is encrypted, and no keys are given: see BlobOptions.Keys", id)
 	}
-	if r.Encrypted || k == nil {
-		return r.Encrypted, nil
-	}
-	known, err := k.remembers(id)
-	if err == nil && known {
-		err = bus.E(bus.Forbidden, "the servers say that room %s is not encrypted, and it is", id)
-		k.alert(id, bus.UserKey{}, err)
-	}
-	return false, err
+	return k.encrypted(id, r.Encrypted)
 }
 
 // sealedContent is a file as an encrypted room stores it.

@@ -112,8 +112,9 @@ type Conn struct {
 	rooms   []bus.RoomGrant
 	roomsAt time.Time // when they were asked for
 	joined  map[bus.RoomID]*Room
-	doomed  bool        // a notice says that the user is revoked
-	tell    chan func() // what the caller is told, in order
+	clear   map[bus.RoomID]struct{} // rooms that nothing remembers as encrypted
+	doomed  bool                    // a notice says that the user is revoked
+	tell    chan func()             // what the caller is told, in order
 
 	publishing sync.RWMutex // held to publish; locked while a handover flushes
 }
@@ -608,10 +609,34 @@ func (c *Conn) Publish(ctx context.Context, room bus.RoomID, topic string, data 
 	if slices.ContainsFunc(c.Rooms(), func(g bus.RoomGrant) bool { return g.Room == room && g.Encrypted }) {
 		return bus.E(bus.Invalid, "room %s is encrypted: publish by Conn.Room", room)
 	}
+	if err := c.inTheClear(room); err != nil {
+		return err
+	}
 	m := nats.NewMsg(bus.RoomSubject(room, c.key, topic))
 	m.Data = data
 	m.Header.Set(messageID, nuid.Next())
 	return c.publish(ctx, m)
+}
+
+// inTheClear refuses a room that is remembered as encrypted, whatever the servers
+// say now. A room that is not is looked up once.
+func (c *Conn) inTheClear(room bus.RoomID) error {
+	c.mu.Lock()
+	_, looked := c.clear[room]
+	c.mu.Unlock()
+	if looked {
+		return nil
+	}
+	if _, err := c.cfg.Keys.encrypted(room, false); err != nil {
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.clear == nil {
+		c.clear = map[bus.RoomID]struct{}{}
+	}
+	c.clear[room] = struct{}{}
+	return nil
 }
 
 // Flush returns when a server has taken everything published before.

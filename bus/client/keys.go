@@ -584,10 +584,20 @@ func (k *Keys) opener(ctx context.Context, id bus.RoomID, name bus.BlobName, w i
 	})
 }
 
-// remembers reports whether keys of a room were ever believed.
-func (k *Keys) remembers(id bus.RoomID) (known bool, err error) {
-	err = k.cfg.Trust.Update(func(t *Trust) error { _, known = t.Rooms[id]; return nil })
-	return known, err
+// encrypted says whether a room is: as the servers say, and never against what is
+// remembered of it. Who could tell a sender otherwise would have them send in the
+// clear. Without keys, k is nil, there is nothing to remember.
+func (k *Keys) encrypted(id bus.RoomID, said bool) (bool, error) {
+	if said || k == nil || guard.Off(guard.RoomPin) {
+		return said, nil
+	}
+	known := false
+	err := k.cfg.Trust.Update(func(t *Trust) error { _, known = t.Rooms[id]; return nil })
+	if err == nil && known {
+		err = bus.E(bus.Forbidden, "the servers say that room %s is not encrypted, and it is", id)
+		k.alert(id, bus.UserKey{}, err)
+	}
+	return false, err
 }
 
 // epoch is what a message says to be under. Our key may have come after it.

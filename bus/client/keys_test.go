@@ -488,6 +488,27 @@ func TestKeysServerForgets(t *testing.T) {
 	refused(t, err, bus.Forbidden, "an old state")
 }
 
+// Servers that call a room plain that is remembered as encrypted are not believed,
+// also by a program that starts anew: nothing is sent in the clear.
+func TestKeysServerCallsItPlain(t *testing.T) {
+	v, alice, _, _ := company(t)
+	alice.start(t, v)
+	if is, err := alice.keys.encrypted("ops", true); err != nil || !is {
+		t.Fatalf("an encrypted room: %t, %v", is, err)
+	}
+	_, err := alice.keys.encrypted("ops", false)
+	refused(t, err, bus.Forbidden, "not encrypted, and it is")
+	refused(t, (&Conn{cfg: DialConfig{Keys: alice.keys}}).inTheClear("ops"), bus.Forbidden, "not encrypted, and it is")
+	if alice.alarms() != 2 {
+		t.Errorf("%d alarms, want one for each attempt", alice.alarms())
+	}
+	for room, keys := range map[bus.RoomID]*Keys{"other": alice.keys, "ops": nil} {
+		if is, err := keys.encrypted(room, false); err != nil || is {
+			t.Errorf("room %s, of which nothing is remembered: %t, %v", room, is, err)
+		}
+	}
+}
+
 // Whose key the servers swap is not encrypted to: an encryption key is signed by
 // its user, its number only grows, and a handle means who it meant.
 func TestKeysSwapped(t *testing.T) {

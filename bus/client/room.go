@@ -72,11 +72,15 @@ func (c *Conn) Room(ctx context.Context, id bus.RoomID) (*Room, error) {
 	if err != nil {
 		return nil, err
 	}
+	encrypted, err := c.cfg.Keys.encrypted(id, info.Encrypted)
+	if err != nil {
+		return nil, err
+	}
 	r = &Room{
-		conn: c, id: id, durable: info.Durable, encrypted: info.Encrypted, session: nuid.Next(), window: make(chan struct{}, roomWindow),
+		conn: c, id: id, durable: info.Durable, encrypted: encrypted, session: nuid.Next(), window: make(chan struct{}, roomWindow),
 		undone: map[uint64]struct{}{}, asked: map[string]chan Message{},
 	}
-	if info.Encrypted {
+	if encrypted {
 		if c.cfg.Keys == nil {
 			return nil, bus.E(bus.Invalid, "room %s is encrypted, and this client holds no keys: see DialConfig.Keys", id)
 		}
