@@ -35,8 +35,8 @@ func TestAPIWithoutQuorum(t *testing.T) {
 				continue
 			}
 			for method, op := range item.(map[string]any) {
-				path := strings.NewReplacer("{user}", "admin", "{room}", "ops", "{id}", "0123456789abcdef").Replace(template)
-				q := apiRequest{method: strings.ToUpper(method), path: path, body: exampleBody(t, op, late)}
+				path := strings.NewReplacer("{user}", "admin", "{room}", "ops", "{id}", "0123456789abcdef", "{name}", "notes.txt").Replace(template)
+				q := apiRequest{method: strings.ToUpper(method), path: path, body: exampleBody(t, op, late), stream: method == "put" && strings.Contains(template, "/blobs/")}
 				all.Go(func() {
 					started := time.Now()
 					r, err := c.send(t.Context(), q)
@@ -86,7 +86,11 @@ func exampleBody(t *testing.T, op any, p *person) []byte {
 	if !ok {
 		return nil
 	}
-	raw, err := json.Marshal(request["content"].(map[string]any)["application/json"].(map[string]any)["example"])
+	body, ok := request["content"].(map[string]any)["application/json"].(map[string]any)
+	if !ok {
+		return []byte("a file")
+	}
+	raw, err := json.Marshal(body["example"])
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -454,8 +454,8 @@ disaster() {
 	alice_is_left_alone 1 || fail "an empty cluster admits"
 	cp "$work/today.backup" "$work/bad.backup"
 	printf x | dd of="$work/bad.backup" bs=1 seek=300 conv=notrunc status=none
-	refuses 'backup' ctl --direct restore "$work/bad.backup" --age-identity "$work/backup.key"
-	ctl --direct restore "$work/today.backup" --age-identity "$work/backup.key" --revoked mallory >"$work/seen" 2>&1 || fail "the restore: $(<"$work/seen")"
+	refuses 'backup' ctl --direct restore "$work/bad.backup" --age-identity "$work/backup.key" --yes
+	ctl --direct restore "$work/today.backup" --age-identity "$work/backup.key" --revoked mallory --yes >"$work/seen" 2>&1 || fail "the restore: $(<"$work/seen")"
 	for n in 1 2 3; do within 30 alice_talks "$n"; done
 	who_is_there >"$work/after"
 	diff "$work/before" "$work/after" || fail "what was restored differs"
