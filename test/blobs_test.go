@@ -522,11 +522,12 @@ func (b *blobWorld) slowly(t testing.TB, node int, p *person, name string, data 
 // begin hands over the first part, and waits until it is stored.
 func (b *blobWorld) begin(t testing.TB, s slow, part []byte) {
 	t.Helper()
+	before, _ := b.stored(t, "ops")
 	if _, err := s.w.Write(part); err != nil {
 		t.Fatal(err)
 	}
 	cluster.WaitFor(t, 10*time.Second, "the first part to be stored", func() error {
-		if chunks, markers := b.stored(t, "ops"); chunks < len(part)/kv.BlobChunk || markers == 0 {
+		if chunks, markers := b.stored(t, "ops"); chunks < before+len(part)/kv.BlobChunk || markers == 0 {
 			return fmt.Errorf("%d chunks, %d markers", chunks, markers)
 		}
 		return nil

@@ -320,7 +320,7 @@ func (th *threats) roles(t *testing.T) {
 	for _, handle := range []string{"m-guest", "m-victim", "m-turned", "m-named"} {
 		th.registers(t, handle, bus.Member)
 	}
-	th.does(t, "POST", "/v1/rooms", dict{"room": "matrix", "owner": "m-owner"})
+	th.does(t, "POST", "/v1/rooms", dict{"room": "matrix", "owner": "m-owner", "durable": true, "encrypted": true})
 	for handle, role := range map[string]bus.RoomRole{"m-writer": bus.Writer, "m-reader": bus.Reader, "m-removed": bus.Owner, "m-suspended": bus.Owner, "m-guest": bus.Reader} {
 		th.does(t, "PUT", "/v1/rooms/matrix/members/"+handle, dict{"role": role})
 	}
@@ -335,6 +335,12 @@ func (th *threats) roles(t *testing.T) {
 	fresh := func() any { return newPerson(t, "x").key.NKey() }
 	doc := th.document(t)
 	asked := map[string]bool{}
+	// A body of the documented shape, in which no key or roster is anybody's.
+	example := func(method, path string) func(*person) any {
+		_, op := doc.operation(method, path)
+		return func(p *person) any { return json.RawMessage(exampleBody(t, op, p)) }
+	}
+	file := func(*person) any { return json.RawMessage(`"a file"`) }
 	for _, row := range []struct {
 		method, path string
 		body         func(p *person) any
@@ -367,6 +373,17 @@ func (th *threats) roles(t *testing.T) {
 		{"GET", "/v1/rooms?all=true", nil, [8]int{401, 401, 403, 403, 403, 403, 403, 200}},
 		{"GET", "/v1/rooms/matrix", nil, [8]int{401, 401, 404, 404, 200, 200, 200, 200}},
 		{"GET", "/v1/rooms/matrix/members", nil, [8]int{401, 401, 404, 404, 200, 200, 200, 200}},
+		// Who is no member sees nothing of what is said in a room, an admin included,
+		// who sees for whom there are keys.
+		{"GET", "/v1/rooms/matrix/messages", nil, [8]int{401, 401, 404, 404, 200, 200, 200, 404}},
+		{"GET", "/v1/rooms/matrix/keys", nil, [8]int{401, 401, 404, 404, 200, 200, 200, 200}},
+		{"GET", "/v1/rooms/matrix/encryption-keys", nil, [8]int{401, 401, 404, 404, 200, 200, 200, 200}},
+		{"PUT", "/v1/rooms/matrix/keys/m-guest", example("PUT", "/v1/rooms/matrix/keys/m-guest"), [8]int{401, 401, 404, 404, 403, 403, 409, 403}},
+		{"POST", "/v1/rooms/matrix/epochs", example("POST", "/v1/rooms/matrix/epochs"), [8]int{401, 401, 400, 400, 400, 400, 400, 400}}, // no roster: whose room, is not asked
+		{"GET", "/v1/rooms/matrix/blobs", nil, [8]int{401, 401, 404, 404, 200, 200, 200, 404}},
+		{"PUT", "/v1/rooms/matrix/blobs/notes", file, [8]int{401, 401, 404, 404, 403, 201, 200, 404}},
+		{"GET", "/v1/rooms/matrix/blobs/notes", nil, [8]int{401, 401, 404, 404, 200, 200, 200, 404}},
+		{"DELETE", "/v1/rooms/matrix/blobs/notes", nil, [8]int{401, 401, 404, 404, 403, 200, 200, 404}},
 		{"PATCH", "/v1/rooms/matrix", func(p *person) any { return dict{"description": p.name} }, [8]int{401, 401, 404, 404, 403, 403, 200, 200}},
 		{"PUT", "/v1/rooms/matrix/members/m-guest", func(*person) any { return dict{"role": "writer"} }, [8]int{401, 401, 404, 404, 403, 403, 200, 200}},
 		{"PUT", "/v1/rooms/matrix/members/ME", func(*person) any { return dict{"role": "owner"} }, [8]int{401, 401, 404, 404, 403, 403, 200, 200}},
