@@ -9,9 +9,11 @@ import (
 )
 
 const (
-	// holdTime is how long a message waits for one that its sender sent before
-	// it: longer than a sender takes to repeat what a dying node has swallowed.
-	holdTime = 10 * time.Second
+	// holdTime is how long a message waits for one that its sender sent before it
+	// and has not given up: longer than a sender takes to repeat, through an
+	// election, what a dying node has swallowed. Only a sender who ended meanwhile
+	// is waited for in vain.
+	holdTime = 30 * time.Second
 	// What one sender can have a subscription remember.
 	maxSessions = 8
 	maxHeld     = 1024

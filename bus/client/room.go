@@ -19,7 +19,8 @@ const (
 	// attemptTimeout is longer than a recorder waits for its stream: whoever is
 	// not told within it will not be.
 	attemptTimeout = 3 * time.Second
-	// roomWindow bounds what one Room has under way at once.
+	// roomWindow is how far one Room runs ahead of its oldest message that is under
+	// way: a subscription can hold that much until the oldest has come.
 	roomWindow = 256
 	firstRetry = 50 * time.Millisecond
 	lastRetry  = time.Second
@@ -47,6 +48,7 @@ type Room struct {
 	mu      sync.Mutex
 	sent    uint64              // of the session
 	undone  map[uint64]struct{} // sent, and neither stored nor given up
+	decided uint64              // undecided, as of the last that ended: places in window were given back up to it
 	asked   map[string]chan Message
 	hearing *Hearing // of the answers; nil: nobody has asked yet
 }
@@ -78,7 +80,7 @@ func (c *Conn) Room(ctx context.Context, id bus.RoomID) (*Room, error) {
 	}
 	r = &Room{
 		conn: c, id: id, durable: info.Durable, encrypted: encrypted, session: nuid.Next(), window: make(chan struct{}, roomWindow),
-		undone: map[uint64]struct{}{}, asked: map[string]chan Message{},
+		undone: map[uint64]struct{}{}, decided: 1, asked: map[string]chan Message{},
 	}
 	if encrypted {
 		if c.cfg.Keys == nil {
@@ -158,8 +160,8 @@ func notKnown(err error) error {
 	return bus.E(bus.Unavailable, "not known to be stored: %w", err).WithHint("unibusctl cluster status")
 }
 
-// Send begins to send a message, and keeps at it until ctx ends. Up to 256 may be
-// under way at once, and it waits for one of them beyond. Different nodes record
+// Send begins to send a message, and keeps at it until ctx ends. It waits while
+// one of 256 messages before is under way. Different nodes record
 // them, so they may be stored in another order; a subscription hears the messages
 // of one Room in the order of the calls of Send, whatever befalls the nodes
 // meanwhile.
@@ -186,18 +188,19 @@ func (r *Room) Send(ctx context.Context, o Outgoing) *Sending {
 	r.sent++
 	n := r.sent
 	r.undone[n] = struct{}{}
-	base := n
-	for k := range r.undone {
-		base = min(base, k)
-	}
-	m.Header.Set(bus.OrderHeader, place{r.session, n, base}.header())
+	m.Header.Set(bus.OrderHeader, place{r.session, n, r.undecided()}.header())
 	first := r.conn.ask(m)
 	r.mu.Unlock()
 	end := func(seq uint64, err error) {
 		r.mu.Lock()
 		delete(r.undone, n)
+		base := r.undecided()
+		decided := base - r.decided
+		r.decided = base
 		r.mu.Unlock()
-		<-r.window
+		for range decided {
+			<-r.window
+		}
 		s.end(seq, err)
 	}
 	if !r.conn.whileOpen(func() { end(r.keepAt(ctx, m, first)) }) {
@@ -205,6 +208,16 @@ func (r *Room) Send(ctx context.Context, o Outgoing) *Sending {
 		end(0, bus.E(bus.Unavailable, "the connection is closed"))
 	}
 	return s
+}
+
+// undecided is the lowest number that is neither stored nor given up, or the next
+// one; it needs mu.
+func (r *Room) undecided() uint64 {
+	base := r.sent + 1
+	for k := range r.undone {
+		base = min(base, k)
+	}
+	return base
 }
 
 // message is what goes over the wire.
