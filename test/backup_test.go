@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -103,10 +104,10 @@ func (b *backups) consistent(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	var running sync.WaitGroup
 	running.Go(func() { view.Run(ctx) })
-	made := 0
+	var made atomic.Int64
 	running.Go(func() {
-		for ; ctx.Err() == nil; made++ {
-			_, _ = b.store.CreateRoom(ctx, bus.RoomID(fmt.Sprintf("r%d", made)), b.alice.key, kv.RoomOptions{})
+		for ; ctx.Err() == nil; made.Add(1) {
+			_, _ = b.store.CreateRoom(ctx, bus.RoomID(fmt.Sprintf("r%d", made.Load())), b.alice.key, kv.RoomOptions{})
 		}
 	})
 	defer running.Wait()
@@ -140,7 +141,7 @@ func (b *backups) consistent(t *testing.T) {
 	if len(seen) < 5 {
 		t.Errorf("20 snapshots saw %d states: too few changes were made between them", len(seen))
 	}
-	t.Logf("20 snapshots amid %d changes: %d different states", 2*made, len(seen))
+	t.Logf("20 snapshots amid %d changes: %d different states", 2*made.Load(), len(seen))
 }
 
 func (b *backups) create(t *testing.T) {
