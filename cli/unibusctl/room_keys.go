@@ -304,19 +304,7 @@ func compared(at *time.Time) string {
 }
 
 func (a *app) roomGrant(c *cli.Context) error {
-	arg, err := positional(c, "ROOM", "USER")
-	if err != nil {
-		return err
-	}
-	id, err := bus.ParseRoomID(arg[0])
-	if err != nil {
-		return err
-	}
-	return a.withKeys(c.Context, func(ctx context.Context, k *client.Keys, _ *client.Client) error {
-		user, err := k.Resolve(ctx, arg[1])
-		if err != nil {
-			return err
-		}
+	return a.withKeysAbout(c, func(ctx context.Context, k *client.Keys, id bus.RoomID, name string, user bus.UserKey) error {
 		n, err := k.Grant(ctx, id, user, c.Uint64("from-epoch"))
 		if err != nil {
 			return err
@@ -324,25 +312,13 @@ func (a *app) roomGrant(c *cli.Context) error {
 		if a.set.json {
 			return a.print(map[string]any{"room": id, "sign_pub": user, "epochs": n}, nil)
 		}
-		fmt.Fprintf(a.out, "%s has the keys of %d more epochs of room %s\n", oneLine(arg[1]), n, id)
+		fmt.Fprintf(a.out, "%s has the keys of %d more epochs of room %s\n", oneLine(name), n, id)
 		return nil
 	})
 }
 
 func (a *app) roomAppoint(c *cli.Context) error {
-	arg, err := positional(c, "ROOM", "USER")
-	if err != nil {
-		return err
-	}
-	id, err := bus.ParseRoomID(arg[0])
-	if err != nil {
-		return err
-	}
-	return a.withKeys(c.Context, func(ctx context.Context, k *client.Keys, _ *client.Client) error {
-		user, err := k.Resolve(ctx, arg[1])
-		if err != nil {
-			return err
-		}
+	return a.withKeysAbout(c, func(ctx context.Context, k *client.Keys, id bus.RoomID, _ string, user bus.UserKey) error {
 		text, err := k.Appoint(ctx, id, user)
 		if err != nil {
 			return err
@@ -353,6 +329,25 @@ func (a *app) roomAppoint(c *cli.Context) error {
 		a.say("the new owner runs: unibusctl room rekey %s --appointment %s", id, text)
 		fmt.Fprintln(a.out, text)
 		return nil
+	})
+}
+
+// withKeysAbout is for the lines ROOM USER; name is how USER was written.
+func (a *app) withKeysAbout(c *cli.Context, f func(ctx context.Context, k *client.Keys, id bus.RoomID, name string, user bus.UserKey) error) error {
+	arg, err := positional(c, "ROOM", "USER")
+	if err != nil {
+		return err
+	}
+	id, err := bus.ParseRoomID(arg[0])
+	if err != nil {
+		return err
+	}
+	return a.withKeys(c.Context, func(ctx context.Context, k *client.Keys, _ *client.Client) error {
+		user, err := k.Resolve(ctx, arg[1])
+		if err != nil {
+			return err
+		}
+		return f(ctx, k, id, arg[1], user)
 	})
 }
 

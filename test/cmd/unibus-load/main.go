@@ -24,6 +24,7 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"unibus.internal/bus"
+	"unibus.internal/bus/kv"
 	"unibus.internal/bus/sig"
 )
 
@@ -92,7 +93,9 @@ func load(ctx context.Context, urls, ca, identity string, room bus.RoomID, n int
 			nats.ErrorHandler(c.failed), nats.ReconnectErrHandler(func(nc *nats.Conn, err error) { c.failed(nc, nil, err) }),
 		}
 		if ca != "" {
-			opts = append(opts, trusting(ca))
+			// Read at each connect: a CA is rotated under programs that go on running.
+			opts = append(opts, nats.Secure(&tls.Config{MinVersion: tls.VersionTLS13}),
+				nats.ClientTLSConfig(nil, func() (*x509.CertPool, error) { return kv.Roots(ca) }))
 		}
 		if c.nc, err = nats.Connect(urls, opts...); err != nil {
 			return nil, err
@@ -109,26 +112,6 @@ func load(ctx context.Context, urls, ca, identity string, room bus.RoomID, n int
 	}
 	talking.Wait()
 	return reportOf(clients, time.Now()), nil
-}
-
-// trusting reads the file at each connect: a CA is rotated under programs that
-// go on running.
-func trusting(file string) nats.Option {
-	return nats.Secure(&tls.Config{MinVersion: tls.VersionTLS13, InsecureSkipVerify: true, VerifyConnection: func(s tls.ConnectionState) error {
-		pem, err := os.ReadFile(file)
-		if err != nil {
-			return err
-		}
-		roots, between := x509.NewCertPool(), x509.NewCertPool()
-		if !roots.AppendCertsFromPEM(pem) {
-			return errors.New("no certificate in " + file)
-		}
-		for _, c := range s.PeerCertificates[1:] {
-			between.AddCert(c)
-		}
-		_, err = s.PeerCertificates[0].Verify(x509.VerifyOptions{DNSName: s.ServerName, Roots: roots, Intermediates: between})
-		return err
-	}})
 }
 
 // client hears nothing but its own messages.
