@@ -6,6 +6,7 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -91,15 +92,21 @@ func (k *keyed) hears(t *testing.T, id bus.RoomID, from sdk.Start) {
 	t.Cleanup(h.Unsubscribe)
 }
 
+func (k *keyed) heardText(text string) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return slices.ContainsFunc(k.heard, func(m sdk.Message) bool { return string(m.Data) == text })
+}
+
 // has waits until k has heard a text.
 func (k *keyed) has(t *testing.T, text string) {
 	t.Helper()
 	cluster.WaitFor(t, 15*time.Second, fmt.Sprintf("%s to hear %q", k.name, text), func() error {
-		k.mu.Lock()
-		defer k.mu.Unlock()
-		if slices.ContainsFunc(k.heard, func(m sdk.Message) bool { return string(m.Data) == text }) {
+		if k.heardText(text) {
 			return nil
 		}
+		k.mu.Lock()
+		defer k.mu.Unlock()
 		return fmt.Errorf("%d messages, %d alerts: %+v", len(k.heard), len(k.alerts), k.alerts)
 	})
 }
@@ -160,6 +167,15 @@ func (s *sealedWorld) talk(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	// A live room keeps nothing, and the other servers hear of a subscription a
+	// moment after it was made.
+	cluster.WaitFor(t, 15*time.Second, "what alice says to reach both", func() error {
+		say("ready")
+		if !s.bob.heardText("ready") || !s.carol.heardText("ready") {
+			return errors.New("not yet")
+		}
+		return nil
+	})
 	say(canaryLive)
 	s.bob.has(t, canaryLive)
 	s.carol.has(t, canaryLive)
