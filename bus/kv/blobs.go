@@ -249,7 +249,7 @@ func (b *Blobs) multi(ctx context.Context, filters []string) ([]blobMessage, err
 		switch status := m.Header.Get("Status"); {
 		case status == "204":
 			return out, nil
-		case status == "404" && guard.Off(guard.BlobBarrier): // nothing; with the barrier there is always one
+		case status == "404": // nothing: a replica that has not even the barrier says so too
 			return out, nil
 		case status != "":
 			return nil, fmt.Errorf("status %s %s", status, m.Header.Get("Description"))

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -364,6 +365,7 @@ func (a *app) heard(m client.Message, names map[bus.UserKey]bus.Handle) error {
 				headers = append(headers, bus.MessageHeader{Name: name, Value: values[0]})
 			}
 		}
+		slices.SortFunc(headers, func(a, b bus.MessageHeader) int { return strings.Compare(a.Name, b.Name) })
 		out := heardMessage{Room: m.Room, StoredMessage: bus.StoredMessage{Seq: m.Seq, Time: m.Time, Sender: m.Sender, NKey: m.Sender.NKey(), Topic: m.Topic, Headers: headers, Data: m.Data}}
 		if m.Data == nil {
 			out.Data = []byte{}
