@@ -1,13 +1,17 @@
 // A member of rooms that shares no code with unibus: stock nats.js, node's own
-// crypto, and npm @noble/ciphers for XChaCha20-Poly1305. It knows
-// docs/protocol.md (subjects, durable rooms) and docs/encryption.md (messages,
-// files), and nothing else. TestInterop runs it.
+// crypto, and npm @noble/ciphers and @noble/post-quantum for XChaCha20-Poly1305
+// and X-Wing. It knows docs/protocol.md (subjects, durable rooms),
+// docs/encryption.md and the RFCs that these name, and nothing else. TestInterop
+// runs it.
 //
 //   node room.cjs MODULES < request.json > answer.json
 //
 // Bytes are base64.
 //
 // {"op":"talk","url","ca","seed_file","room","durable","say":[...],"hear":n} -> {"heard":[{"sender","topic","data"}],"seqs":[...]}
+// {"op":"encryption_key","seed_file","n","created_at"}                       -> {"public","signature"}
+// {"op":"open_envelope","room","roster","newest","seed_file","n","envelope"} -> {"data"}
+// {"op":"seal_envelope","room","roster","key","seed_file","user","n","public"} -> {"data"}
 // {"op":"open","room","key","roster","sender","topic","message"}             -> {"data"}
 // {"op":"seal","room","key","roster","seed_file","topic","data"}             -> {"data"}
 // {"op":"open_file","room","key","roster","name","file"}                     -> {"data","sender"}
@@ -18,6 +22,7 @@ const fs = require("node:fs");
 const path = require("node:path");
 const modules = path.resolve(process.argv[2], "node_modules");
 const { xchacha20poly1305 } = require(path.join(modules, "@noble/ciphers/chacha.js"));
+const { ml_kem768_x25519: xwing } = require(path.join(modules, "@noble/post-quantum/hybrid.js"));
 
 const bytes = (s) => Buffer.from(s, "base64");
 const text = (s) => Buffer.from(s, "latin1");
@@ -40,6 +45,30 @@ function expand(key, info, length) { // HKDF-Expand
     out.push(last);
   }
   return Buffer.concat(out).subarray(0, length);
+}
+
+// HPKE (RFC 9180), base mode, one message: the key schedule of section 5.1.
+const suite = Buffer.concat([text("HPKE"), u16(0x647a), u16(0x0001), u16(0x0003)]);
+const labeledExtract = (salt, label, ikm) => hmac(salt, text("HPKE-v1"), suite, text(label), ikm);
+const labeledExpand = (prk, label, info, length) => expand(prk, Buffer.concat([u16(length), text("HPKE-v1"), suite, text(label), info]), length);
+function schedule(shared, info) {
+  const none = Buffer.alloc(0);
+  const context = Buffer.concat([Buffer.from([0]), labeledExtract(none, "psk_id_hash", none), labeledExtract(none, "info_hash", info)]);
+  const secret = labeledExtract(shared, "secret", none);
+  return [labeledExpand(secret, "key", context, 32), labeledExpand(secret, "base_nonce", context, 12)];
+}
+const encapsulated = 1120;
+function hpkeSeal(pub, info, plain) {
+  const { cipherText, sharedSecret } = xwing.encapsulate(pub);
+  const [key, nonce] = schedule(sharedSecret, info);
+  const c = crypto.createCipheriv("chacha20-poly1305", key, nonce, { authTagLength: 16 });
+  return Buffer.concat([cipherText, c.update(plain), c.final(), c.getAuthTag()]);
+}
+function hpkeOpen(secret, info, sealed) {
+  const [key, nonce] = schedule(xwing.decapsulate(sealed.subarray(0, encapsulated), secret), info);
+  const c = crypto.createDecipheriv("chacha20-poly1305", key, nonce, { authTagLength: 16 });
+  c.setAuthTag(sealed.subarray(-16));
+  return Buffer.concat([c.update(sealed.subarray(encapsulated, -16)), c.final()]);
 }
 
 const alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567";
@@ -67,15 +96,70 @@ function verify(user, data, signature) {
 }
 
 const roomOf = (req) => Buffer.concat([Buffer.from([req.room.length]), text(req.room)]);
-function rosterOf(req) { // who may be in it is not looked at here
-  const body = bytes(req.roster).subarray(0, -64);
-  const at = text("unibus/v1/roster\0").length;
-  const room = roomOf(req);
-  if (!body.subarray(at, at + room.length).equals(room)) throw new Error("another room's roster");
-  return { hash: sha256(body), epoch: body.readBigUInt64BE(at + room.length) };
+function rosterOf(req, raw = req.roster) { // which one it follows is not looked at here
+  const body = bytes(raw).subarray(0, -64);
+  let at = 0;
+  const take = (n) => {
+    if (at + n > body.length) throw new Error("the roster is too short");
+    return body.subarray(at, (at += n));
+  };
+  const domain = text("unibus/v1/roster\0"), room = roomOf(req);
+  if (!take(domain.length).equals(domain) || !take(room.length).equals(room)) throw new Error("another room's roster");
+  const r = { hash: sha256(body), epoch: take(8).readBigUInt64BE(), previous: take(32), createdAt: take(8), commitment: take(32), signer: take(32), members: new Map() };
+  r.owner = (user) => r.members.get(user.toString("hex"))?.role === 3;
+  const kind = take(1)[0];
+  if (kind > 1) throw new Error("a roster of an unknown kind");
+  if (kind === 1) take(96); // the admin whom a reader must have pinned, and what they signed
+  let last = Buffer.alloc(32);
+  for (let n = take(4).readUInt32BE(); n > 0; n--) {
+    const user = take(32), [role] = take(1), m = { role, n: take(8).readBigUInt64BE(), hash: take(32) };
+    if (user.compare(last) <= 0 || role < 1 || role > 3) throw new Error("no sorted list of members");
+    r.members.set((last = user).toString("hex"), m);
+  }
+  if (at !== body.length || !r.owner(r.signer)) throw new Error("not a roster of an owner");
+  verify(r.signer, body, bytes(raw).subarray(-64));
+  return r;
 }
 function derived(req, purpose, epoch) {
   return expand(bytes(req.key), Buffer.concat([text("unibus/v1/" + purpose + "\0"), roomOf(req), u64(epoch)]), 32);
+}
+
+function encryptionKey(req) {
+  const info = Buffer.concat([text("unibus/v1/encryption-seed\0"), u64(req.n)]);
+  const secret = Buffer.from(crypto.hkdfSync("sha256", seedOf(req.seed_file), "", info, 32));
+  return { secret, pub: Buffer.from(xwing.getPublicKey(secret)) };
+}
+function publishedKey(req) {
+  const me = identity(req.seed_file), { pub } = encryptionKey(req);
+  const signature = me.sign(Buffer.concat([text("unibus/v1/encryption-key\0"), me.user, u64(req.n), u64(req.created_at), pub]));
+  return { public: pub.toString("base64"), signature: signature.toString("base64") };
+}
+
+function envelopeContext(req, roster, to, n, hash, sender) {
+  return Buffer.concat([roomOf(req), u64(roster.epoch), roster.hash, roster.commitment, to, u64(n), hash, sender]);
+}
+const envelopeInfo = (context) => Buffer.concat([text("unibus/v1/room-key\0"), context]);
+const envelopeSigned = (context, sealed) => Buffer.concat([text("unibus/v1/envelope\0"), context, sha256(sealed)]);
+function rightKey(req, roster, key) {
+  if (!derived({ ...req, key: key.toString("base64") }, "commitment", roster.epoch).equals(roster.commitment)) throw new Error("not the key of the roster");
+  return key;
+}
+function sealEnvelope(req) {
+  const me = identity(req.seed_file), roster = rosterOf(req), to = Buffer.from(req.user, "hex"), pub = bytes(req.public), hash = sha256(pub);
+  const context = envelopeContext(req, roster, to, req.n, hash, me.user);
+  const sealed = hpkeSeal(pub, envelopeInfo(context), rightKey(req, roster, bytes(req.key)));
+  return Buffer.concat([Buffer.from([1]), me.user, u64(req.n), sealed, me.sign(envelopeSigned(context, sealed))]);
+}
+function openEnvelope(req) {
+  const raw = bytes(req.envelope), me = identity(req.seed_file), roster = rosterOf(req), newest = rosterOf(req, req.newest);
+  const sender = raw.subarray(1, 33), sealed = raw.subarray(41, -64), { secret, pub } = encryptionKey(req), hash = sha256(pub);
+  if (raw.length !== 1273 || raw[0] !== 1 || raw.readBigUInt64BE(33) !== BigInt(req.n)) throw new Error("not an envelope for this key");
+  if (!roster.owner(sender) && !newest.owner(sender)) throw new Error("from nobody who may give the key");
+  const named = roster.members.get(me.user.toString("hex"));
+  if (named && (named.n !== BigInt(req.n) || !named.hash.equals(hash))) throw new Error("the roster names another key of ours");
+  const context = envelopeContext(req, roster, me.user, req.n, hash, sender);
+  verify(sender, envelopeSigned(context, sealed), raw.subarray(-64));
+  return rightKey(req, roster, hpkeOpen(secret, envelopeInfo(context), sealed));
 }
 
 function messageData(req, roster, sender, header) {
@@ -179,7 +263,9 @@ async function talk(req) {
 async function main() {
   const req = JSON.parse(fs.readFileSync(0, "utf8"));
   const ops = {
-    talk, open: (r) => ({ data: open(r).toString("base64") }), seal: (r) => ({ data: seal(r).toString("base64") }),
+    talk, encryption_key: publishedKey,
+    open_envelope: (r) => ({ data: openEnvelope(r).toString("base64") }), seal_envelope: (r) => ({ data: sealEnvelope(r).toString("base64") }),
+    open: (r) => ({ data: open(r).toString("base64") }), seal: (r) => ({ data: seal(r).toString("base64") }),
     open_file: openFile, seal_file: (r) => ({ data: sealFile(r).toString("base64") }),
   };
   process.stdout.write(JSON.stringify(await ops[req.op](req)));
