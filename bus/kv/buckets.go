@@ -97,14 +97,17 @@ func Bootstrap(ctx context.Context, nc *nats.Conn, budget time.Duration, progres
 	ctx, cancel := context.WithTimeout(ctx, budget)
 	defer cancel()
 	said := ""
-	for {
-		err := bootstrapOnce(ctx, js)
+	for patience := hurried; ; {
+		err := bootstrapOnce(ctx, js, patience)
 		if err == nil || bus.CodeOf(err) == bus.Conflict {
 			return err
 		}
 		if err.Error() != said && ctx.Err() == nil {
 			said = err.Error()
 			progress(said)
+		}
+		if errors.Is(err, context.DeadlineExceeded) { // slow, perhaps, rather than leaderless
+			patience = min(2*patience, mostPatience)
 		}
 		select {
 		case <-ctx.Done():
@@ -117,20 +120,27 @@ func Bootstrap(ctx context.Context, nc *nats.Conn, budget time.Duration, progres
 	}
 }
 
-func bootstrapOnce(ctx context.Context, js jetstream.JetStream) error {
+// mostPatience bounds one request of a bootstrap.
+const mostPatience = 5 * time.Second
+
+func bootstrapOnce(ctx context.Context, js jetstream.JetStream, patience time.Duration) error {
 	for _, want := range Streams() {
-		rctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-		err := ensure(rctx, js, want)
-		cancel()
-		if err != nil {
+		if err := ensure(ctx, js, want, patience); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func ensure(ctx context.Context, js jetstream.JetStream, want jetstream.StreamConfig) error {
-	s, err := js.Stream(ctx, want.Name)
+// ensure makes a stream, or verifies the one that is there. Nobody answers what
+// was asked while the servers had no leader: a lookup waits for patience, no
+// longer, so that a cluster that has just started is asked again at once.
+func ensure(ctx context.Context, js jetstream.JetStream, want jetstream.StreamConfig, patience time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, mostPatience)
+	defer cancel()
+	lookup, found := context.WithTimeout(ctx, patience)
+	defer found()
+	s, err := js.Stream(lookup, want.Name)
 	if errors.Is(err, jetstream.ErrStreamNotFound) {
 		s, err = js.CreateStream(ctx, want)
 	}
