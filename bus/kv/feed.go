@@ -289,10 +289,13 @@ func (v *View) install(i int, t *table) {
 
 // apply takes one live record into the table that answers.
 func (v *View) apply(i int, t *table, r record) error {
-	guard.Pause("apply")
+	barrier := strings.HasPrefix(r.key, barrierKeys)
+	if !barrier { // a barrier is as late as the change before it; were each one paused, the feed would never catch up
+		guard.Pause("apply")
+	}
 	v.mu.Lock()
 	t.note(r)
-	if strings.HasPrefix(r.key, barrierKeys) {
+	if barrier {
 		moved, err := v.sawBarrier(i, r)
 		if moved {
 			v.wake()
