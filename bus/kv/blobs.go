@@ -112,7 +112,9 @@ func OpenBlobs(cfg BlobsConfig) (*Blobs, error) {
 
 // Bootstrap makes the stream if it is missing and verifies it: Unavailable while
 // that cannot be known, Conflict if it is another than defined.
-func (b *Blobs) Bootstrap(ctx context.Context) error { return ensure(ctx, b.js, blobStream(), apiTimeout) }
+func (b *Blobs) Bootstrap(ctx context.Context) error {
+	return ensure(ctx, b.js, blobStream(), apiTimeout)
+}
 
 // Limits is how much each room may store.
 func (b *Blobs) Limits() bus.BlobLimits { return b.cfg.Limits }
