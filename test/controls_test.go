@@ -95,15 +95,20 @@ func TestControls(t *testing.T) {
 		t.Skip("this is the run of a control")
 	}
 	t.Parallel()
+	runs := controlRuns{dir: t.TempDir(), built: map[string]string{}, passed: map[string]bool{}}
 	for _, c := range controls {
 		t.Run(string(c.off), func(t *testing.T) {
 			if c.live && !full {
 				t.Skip("needs a cluster of its own: make controls")
 			}
-			if out, err := c.run(t.Context(), ""); err != nil {
-				t.Fatalf("%s fails with the protection in place: %v\n%s", c.test, err, tail(out))
+			inPlace := c.dir + " " + c.test + " " + string(c.beside)
+			if !runs.passed[inPlace] {
+				if out, err := runs.run(t, c, ""); err != nil {
+					t.Fatalf("%s fails with the protection in place: %v\n%s", c.test, err, tail(out))
+				}
+				runs.passed[inPlace] = true
 			}
-			out, err := c.run(t.Context(), c.off)
+			out, err := runs.run(t, c, c.off)
 			if err == nil || !strings.Contains(out, "--- FAIL: "+c.test) {
 				t.Errorf("%s passes without %s: it would not notice (%v)\n%s", c.test, c.off, err, tail(out))
 			}
@@ -111,13 +116,32 @@ func TestControls(t *testing.T) {
 	}
 }
 
-func (c control) run(ctx context.Context, off guard.Name) (string, error) {
-	bound, cancel := context.WithTimeout(ctx, 5*time.Minute)
+// controlRuns builds the tests of each package once: linking them takes longer
+// than most of them run.
+type controlRuns struct {
+	dir    string
+	built  map[string]string // by directory of the package
+	passed map[string]bool   // what was seen to pass with everything in place
+}
+
+func (r *controlRuns) run(t *testing.T, c control, off guard.Name) (string, error) {
+	t.Helper()
+	bound, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(bound, "go", "test", "-count=1", "-tags", "controls", "-run", "^"+c.test+"$", ".")
-	cmd.Dir = filepath.Join("..", filepath.FromSlash(c.dir))
-	away := strings.Trim(string(c.beside)+","+string(off), ",")
-	cmd.Env = append(os.Environ(), "UNIBUS_GUARD_OFF="+away, "UNIBUS_FULL=", "GOWORK=off")
+	dir := filepath.Join("..", filepath.FromSlash(c.dir))
+	env := append(os.Environ(), "UNIBUS_FULL=", "GOWORK=off")
+	if r.built[c.dir] == "" {
+		binary := filepath.Join(r.dir, strings.ReplaceAll(c.dir, "/", "-")+".test")
+		build := exec.CommandContext(bound, "go", "test", "-c", "-tags", "controls", "-o", binary, ".")
+		build.Dir, build.Env = dir, env
+		if out, err := build.CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v\n%s", c.dir, err, out)
+		}
+		r.built[c.dir] = binary
+	}
+	cmd := exec.CommandContext(bound, r.built[c.dir], "-test.count=1", "-test.timeout=5m", "-test.run=^"+c.test+"$")
+	cmd.Dir = dir
+	cmd.Env = append(env, "UNIBUS_GUARD_OFF="+strings.Trim(string(c.beside)+","+string(off), ","))
 	out, err := cmd.CombinedOutput()
 	return string(out), err
 }
