@@ -695,8 +695,37 @@ func TestEnforceAcrossRestarts(t *testing.T) {
 func TestEnforceSilentServer(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, cluster.Options{Lease: 2 * time.Second})
-	first, second, other := w.addUser("first"), w.addUser("second"), w.addUser("other")
-	one, two, kept := w.rawEverywhere(first), w.rawEverywhere(second), w.rawEverywhere(other)
+	first, second, third, other := w.addUser("first"), w.addUser("second"), w.addUser("third"), w.addUser("other")
+	one, two, three, kept := w.rawEverywhere(first), w.rawEverywhere(second), w.rawEverywhere(third), w.rawEverywhere(other)
+
+	// The leader that has committed the change falls silent: who made it hears
+	// so after the lease, and not when a new leader is asked.
+	leader, err := usersLeader(t.Context(), w.Cluster)
+	if err != nil {
+		t.Fatal(err)
+	}
+	returned := make(chan error, 1)
+	go func() {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		_, err := w.store.RevokeUser(ctx, third.key)
+		returned <- err
+	}()
+	for three[leader-1].Flush() == nil { // it is committed
+	}
+	w.Pause(leader, cluster.NATS)
+	select {
+	case err := <-returned:
+		if u := new(kv.Unproven); err != nil && !errors.As(err, &u) {
+			t.Errorf("revoke, with its leader paused: %v", err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Error("a revoke hangs on a leader that was paused after the commit")
+	}
+	w.Resume(leader, cluster.NATS)
+	wantClosed(t, three...)
+	w.WaitHealthy(30 * time.Second)
+	wantOpen(t, kept...)
 
 	w.Pause(3, cluster.NATS)
 	w.patiently("revoke", func(ctx context.Context) (kv.Result, error) { return w.store.RevokeUser(ctx, first.key) })
@@ -741,7 +770,7 @@ func TestEnforceSilentServer(t *testing.T) {
 		}
 		return nil
 	})
-	for _, p := range []*person{first, second} {
+	for _, p := range []*person{first, second, third} {
 		if open := w.live(sys, p); len(open) > 0 {
 			t.Errorf("%s has %v open", p.name, open)
 		}

@@ -169,8 +169,10 @@ func (w *world) patiently(what string, change func(context.Context) (kv.Result, 
 	w.t.Helper()
 	ctx, cancel := context.WithTimeout(w.t.Context(), 90*time.Second)
 	defer cancel()
+	began := time.Now()
 	for {
 		res, err := change(ctx)
+		w.t.Logf("%s: %s: %v", what, time.Since(began).Round(time.Millisecond), err)
 		var u *kv.Unproven
 		switch {
 		case err == nil:

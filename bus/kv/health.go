@@ -2,6 +2,7 @@ package kv
 
 import (
 	"context"
+	"errors"
 	"sync"
 	"time"
 
@@ -93,13 +94,26 @@ func streamHealth(ctx context.Context, js jetstream.JetStream, want jetstream.St
 }
 
 // Peers names the nodes that hold the users, dead ones included: those whose
-// word counts when the question is what there is on all nodes.
+// word counts when the question is what there is on all nodes. It takes two
+// seconds at most. A leader that is paused or has just died never answers, and
+// its successor hears only who asks again; a change that is proven but for this
+// must not wait for either.
 func Peers(ctx context.Context, nc *nats.Conn) ([]string, error) {
 	js, err := newJetStream(nc)
 	if err != nil {
 		return nil, err
 	}
-	s, err := js.Stream(ctx, StreamName(Users))
+	ctx, cancel := context.WithTimeout(ctx, sweepPatience)
+	defer cancel()
+	var s jetstream.Stream
+	for {
+		try, cancel := context.WithTimeout(ctx, sweepPatience/4)
+		s, err = js.Stream(try, StreamName(Users))
+		cancel()
+		if !errors.Is(err, context.DeadlineExceeded) || ctx.Err() != nil {
+			break
+		}
+	}
 	if err != nil {
 		return nil, bus.E(bus.Unavailable, "stream %s: %w", StreamName(Users), err)
 	}

@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -224,10 +225,18 @@ func (c *Cluster) Term(i int, services ...Service) {
 }
 
 // Pause stops services of node i in their tracks (SIGSTOP): their connections
-// stay open and nothing answers.
+// stay open and nothing answers from the moment it returns.
 func (c *Cluster) Pause(i int, services ...Service) {
 	c.t.Helper()
 	c.signal(i, syscall.SIGSTOP, services)
+	bound := time.Now().Add(stopBound)
+	for _, s := range c.or(services) {
+		for p := c.proc(i, s); p.Alive() && !p.Stopped(); runtime.Gosched() {
+			if time.Now().After(bound) {
+				c.t.Fatalf("%s of %s still runs %s after SIGSTOP", s, c.Node(i), stopBound)
+			}
+		}
+	}
 }
 
 // Resume continues paused services of node i.

@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -55,6 +56,26 @@ func (p Process) Signal(sig syscall.Signal) error {
 		return os.ErrProcessDone
 	}
 	return handle.Signal(sig)
+}
+
+// Stopped reports whether every thread of the process stands still. SIGSTOP
+// stops a process only once one of its threads is scheduled to see it: on a busy
+// machine the others go on for milliseconds after kill(2) has returned.
+func (p Process) Stopped() bool {
+	threads, err := filepath.Glob(filepath.Join("/proc", strconv.Itoa(p.PID), "task", "*", "stat"))
+	if err != nil || len(threads) == 0 {
+		return false
+	}
+	for _, file := range threads {
+		stat, err := os.ReadFile(file)
+		if err != nil {
+			return false
+		}
+		if state := strings.TrimPrefix(string(stat[bytes.LastIndexByte(stat, ')')+1:]), " "); !strings.HasPrefix(state, "T") {
+			return false
+		}
+	}
+	return true
 }
 
 // inspect reads the identity and the state letter of a running process.

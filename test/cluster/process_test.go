@@ -61,8 +61,17 @@ func TestPausedIsAliveAndZombieIsNot(t *testing.T) {
 	if err := p.Signal(syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
+	WaitFor(t, 5*time.Second, "the process to stand still", func() error {
+		if !p.Stopped() {
+			return errors.New("it runs")
+		}
+		return nil
+	})
 	if !p.Alive() {
 		t.Error("a stopped process counts as dead")
+	}
+	if (Process{PID: os.Getpid()}).Stopped() {
+		t.Error("a running process counts as stopped")
 	}
 	// Launch does not reap, so the killed process stays a zombie of this one.
 	if err := p.Signal(syscall.SIGKILL); err != nil {
