@@ -168,7 +168,8 @@ const (
 
 // Verify compares a stream with its definition in everything that durability
 // or the decision rests on: a single replica, memory storage, direct reads,
-// rollups, deletions or a mirror would each break a promise silently.
+// rollups, deletions or a mirror would each break a promise silently. It is the
+// one list of settings, for buckets, rooms and files.
 func Verify(got, want jetstream.StreamConfig) error {
 	type field struct {
 		name      string
@@ -190,7 +191,13 @@ func Verify(got, want jetstream.StreamConfig) error {
 		{"sealed", got.Sealed, false},
 		{"mirror", got.Mirror != nil, false},
 		{"sources", len(got.Sources), 0},
-		{"republish", got.RePublish != nil, false},
+		{"republish", republished(got.RePublish), republished(want.RePublish)},
+		{"duplicate_window", got.Duplicates, want.Duplicates},
+		{"allow_msg_counter", got.AllowMsgCounter, false},
+		{"allow_msg_schedules", got.AllowMsgSchedules, false},
+		{"allow_atomic", got.AllowAtomicPublish, false},
+		{"allow_batched", got.AllowBatchPublish, false},
+		{"no_ack", got.NoAck, false},
 		{"subject_transform", got.SubjectTransform != nil, false},
 		{"persist_mode", got.PersistMode, want.PersistMode},
 	}
@@ -210,6 +217,13 @@ func Verify(got, want jetstream.StreamConfig) error {
 		return e.WithHint("nats --context unibus-ops stream edit %s --replicas %d", want.Name, want.Replicas)
 	}
 	return e.WithHint("nats --context unibus-ops stream info %s", want.Name)
+}
+
+func republished(r *jetstream.RePublish) string {
+	if r == nil {
+		return "none"
+	}
+	return fmt.Sprintf("%s to %s, headers only %v", r.Source, r.Destination, r.HeadersOnly)
 }
 
 func newJetStream(nc *nats.Conn) (jetstream.JetStream, error) {

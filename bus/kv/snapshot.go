@@ -41,8 +41,9 @@ var bucketOf = map[string]string{
 type StoredRecord struct {
 	Key      string
 	Revision uint64
-	At       time.Time // when it was stored, by the stream's leader
-	Value    []byte    // nil: deleted by hand
+	At       time.Time   // when it was stored, by the stream's leader
+	Value    []byte      // nil: deleted by hand
+	Header   nats.Header // of a message of a room; nil for a record
 }
 
 // Part is one part of a Snapshot, its records sorted by key.

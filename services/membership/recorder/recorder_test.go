@@ -13,6 +13,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"unibus.internal/bus"
+	"unibus.internal/bus/kv"
 )
 
 func newKey(t *testing.T) bus.UserKey {
@@ -73,13 +74,13 @@ func TestDress(t *testing.T) {
 // A stream that could lose, change or hide what a room has said is not recorded
 // into, whoever made it so. Its limits may differ: they are changed.
 func TestVerify(t *testing.T) {
-	want := definition("ops", bus.Retention{MaxMessages: 5, MaxAgeSeconds: 3600})
+	want := kv.RoomStream("ops", bus.Retention{MaxMessages: 5, MaxAgeSeconds: 3600})
 	if want.MaxBytes != bus.DefaultRoomBytes || want.MaxMsgs != 5 || want.MaxAge != time.Hour || want.Name != "ROOM_ops" {
 		t.Errorf("definition %+v", want)
 	}
 	limits := want
 	limits.MaxMsgs, limits.MaxBytes, limits.MaxAge = 1, 1, 1
-	if err := verify(limits, want); err != nil {
+	if err := kv.VerifyRoomStream(limits, want); err != nil {
 		t.Errorf("other limits: %v", err)
 	}
 	for name, edit := range map[string]func(*jetstream.StreamConfig){
@@ -111,7 +112,7 @@ func TestVerify(t *testing.T) {
 	} {
 		got := want
 		edit(&got)
-		if err := verify(got, want); bus.CodeOf(err) != bus.Conflict {
+		if err := kv.VerifyRoomStream(got, want); bus.CodeOf(err) != bus.Conflict {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
