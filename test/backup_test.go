@@ -3,6 +3,7 @@ package test
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -15,8 +16,10 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 
 	"unibus.internal/bus"
+	sdk "unibus.internal/bus/client"
 	"unibus.internal/bus/kv"
 	"unibus.internal/test/cluster"
 )
@@ -34,8 +37,10 @@ func TestBackup(t *testing.T) {
 		name string
 		test func(*testing.T)
 	}{
+		{"what rooms hold", b.talk},
 		{"consistent amid changes", b.consistent},
 		{"create and verify", b.create},
+		{"a room that cannot be read", b.unreadableRoom},
 		{"scheduled", b.scheduled},
 		{"refused", b.refused},
 		{"merge", b.merge},
@@ -55,8 +60,12 @@ type backups struct {
 	*world
 	dir string
 
-	alice, bob, carol, dave, erin *person
-	file, key, signer             string
+	alice, bob, carol, dave, erin, frank *person
+	file, key, signer                    string
+
+	bus   *nats.Conn        // as membership
+	half  []kv.StoredRecord // the first messages of ops
+	files bus.BlobList      // of ops
 }
 
 func (b *backups) run(t *testing.T, code int, words string, args ...string) cluster.Result {
@@ -68,21 +77,35 @@ func (b *backups) run(t *testing.T, code int, words string, args ...string) clus
 	return r
 }
 
-// people: alice is a writer, bob is revoked, carol is suspended, dave will be
-// revoked after the backup, erin was removed from a room.
+// people: alice and frank are writers, bob is revoked, carol is suspended, dave
+// will be revoked after the backup, erin was removed from a room.
 func (b *backups) people() {
 	b.t.Helper()
+	var err error
+	b.bus, err = kv.Connect(kv.Link{
+		URL: b.URLs(b.NATSURL), SeedFile: b.Seed("membership-bus"), CAFile: b.CA(), Name: "test-rooms", Inbox: "_INBOX_membership", Timeout: 5 * time.Second,
+	})
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	b.t.Cleanup(b.bus.Close)
 	ctx := b.t.Context()
 	b.alice, b.bob, b.carol, b.dave, b.erin = b.addUser("alice"), b.addUser("bob"), b.addUser("carol"), b.addUser("dave"), b.addUser("erin")
+	b.frank = b.addUser("frank")
 	b.addRoom("ops", b.alice, kv.RoomOptions{Durable: true, Description: "what was"})
 	b.addRoom("old", b.alice, kv.RoomOptions{})
-	for _, p := range []*person{b.bob, b.carol, b.dave, b.erin} {
+	b.addRoom("short", b.alice, kv.RoomOptions{Durable: true, Retention: bus.Retention{MaxMessages: 5, MaxAgeSeconds: 7200}})
+	b.addRoom("quiet", b.alice, kv.RoomOptions{Durable: true})
+	b.addRoom("purged", b.alice, kv.RoomOptions{Durable: true})
+	for _, p := range []*person{b.bob, b.carol, b.dave, b.erin, b.frank} {
 		b.join("ops", p, bus.Writer)
 	}
+	b.join("short", b.frank, bus.Writer)
 	b.must(b.store.RevokeUser(ctx, b.bob.key))
 	b.must(b.store.SuspendUser(ctx, b.carol.key))
 	b.must(b.store.RemoveMember(ctx, "ops", b.erin.key))
 	b.must(b.store.ArchiveRoom(ctx, "old", false))
+	b.must(b.store.ArchiveRoom(ctx, "purged", true))
 	for subject, value := range map[string]string{
 		"$KV.UNIBUS_room_keys.ops.1." + b.alice.key.Hex():         `{"v":1,"sealed":"AAAA"}`,
 		"$KV.UNIBUS_users." + newPerson(b.t, "x").key.Hex():       `{"v":99,"status":"of tomorrow"}`,
@@ -92,6 +115,78 @@ func (b *backups) people() {
 			b.t.Fatal(err)
 		}
 	}
+}
+
+// talk: what rooms hold. One keeps the last five of what is said in it.
+func (b *backups) talk(t *testing.T) {
+	var err error
+	ops, short := b.enter(t, b.alice, "ops"), b.enter(t, b.frank, "short")
+	for n := range 12 {
+		for _, room := range []*sdk.Room{ops, short} {
+			if _, err := room.Publish(t.Context(), "t", bytes.Repeat([]byte{byte(n)}, 10_000*n)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if _, err := b.caller(t, b.alice).PutBlob(t.Context(), "ops", "a file.bin", bytes.NewReader(bytes.Repeat([]byte("file"), 100_000)), sdk.BlobOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if b.files, err = b.caller(t, b.alice).Blobs(t.Context(), "ops"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.caller(t, b.alice).PutBlob(t.Context(), "quiet", "empty", bytes.NewReader(nil), sdk.BlobOptions{}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (b *backups) caller(t *testing.T, p *person) *sdk.Client {
+	t.Helper()
+	c, err := sdk.New(sdk.Config{URLs: strings.Split(b.URLs(b.APIURL), ","), TLS: b.trust, Identity: p})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.Close)
+	return c
+}
+
+// said is everything that a room holds, and where it is.
+func (b *backups) said(t *testing.T, room bus.RoomID) (out []string, at kv.Extent) {
+	t.Helper()
+	at, err := kv.ReadRoom(t.Context(), b.bus, room, func(r kv.StoredRecord) error {
+		if room == "ops" && len(b.half) < 4 {
+			b.half = append(b.half, r)
+		}
+		out = append(out, fmt.Sprintf("%d %s %s %v %x", r.Revision, r.At.Format(time.RFC3339Nano), r.Key, r.Header, sha256.Sum256(r.Value)))
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out, at
+}
+
+// unreadableRoom: a backup that would lack what a room has said is none.
+func (b *backups) unreadableRoom(t *testing.T) {
+	b.addRoom("lost", b.alice, kv.RoomOptions{Durable: true})
+	cluster.WaitFor(t, 30*time.Second, "the stream of the room", func() error {
+		_, err := kv.ReadRoom(t.Context(), b.bus, "lost", func(kv.StoredRecord) error { return nil })
+		return err
+	})
+	if err := kv.DropRoomStream(t.Context(), b.bus, "lost"); err != nil {
+		t.Fatal(err)
+	}
+	out := filepath.Join(b.dir, "lacking.backup")
+	create := []string{"--direct", "backup", "create", "--out", out, "--recipients-file", b.key + ".pub"}
+	b.run(t, 1, "room lost has no stream", create...)
+	if left, err := filepath.Glob(filepath.Join(b.dir, "*lacking*")); err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+	b.run(t, 2, "membership-bus.nk", append(create, "--membership-seed", filepath.Join(b.dir, "elsewhere.nk"))...)
+	r := b.run(t, 0, "wrote", append(create, "--without-messages", "--without-files")...)
+	if strings.Contains(r.Stdout, "messages of") {
+		t.Errorf("a backup without messages: %s", r.Stdout)
+	}
+	b.must(b.store.ArchiveRoom(t.Context(), "lost", true))
 }
 
 // consistent: however many changes are under way, a snapshot never shows a later
@@ -144,6 +239,16 @@ func (b *backups) consistent(t *testing.T) {
 	t.Logf("20 snapshots amid %d changes: %d different states", 2*made.Load(), len(seen))
 }
 
+// roomContents is what a backup says of one room.
+type roomContents struct {
+	Room      bus.RoomID `json:"room"`
+	Messages  uint64     `json:"messages"`
+	FirstSeq  uint64     `json:"first_seq"`
+	LastSeq   uint64     `json:"last_seq"`
+	Files     int        `json:"files"`
+	FileBytes int64      `json:"file_bytes"`
+}
+
 func (b *backups) create(t *testing.T) {
 	b.key = filepath.Join(b.dir, "backup.key")
 	b.run(t, 0, "backup.key.pub", "backup", "key", "--out", b.key)
@@ -156,16 +261,25 @@ func (b *backups) create(t *testing.T) {
 			Part    string
 			Records int
 		}
+		Contents   []roomContents
 		Unreadable []string
 	}
 	if err := json.Unmarshal([]byte(r.Stdout), &v); err != nil {
 		t.Fatal(err)
 	}
+	holds := []roomContents{
+		{Room: "ops", Messages: 12, FirstSeq: 1, LastSeq: 12, Files: 1, FileBytes: 400_000},
+		{Room: "quiet", FirstSeq: 1, Files: 1},
+		{Room: "short", Messages: 5, FirstSeq: 8, LastSeq: 12},
+	}
+	if !slices.Equal(v.Contents, holds) {
+		t.Errorf("it holds %+v, want %+v", v.Contents, holds)
+	}
 	counts := map[string]int{}
 	for _, p := range v.Parts {
 		counts[p.Part] = p.Records
 	}
-	if b.signer = v.Signer; counts["users"] != 7 || counts["room_keys"] != 1 || counts["handles"] != 6 || counts["audit"] < 3 || len(v.Unreadable) != 2 {
+	if b.signer = v.Signer; counts["users"] != 8 || counts["room_keys"] != 1 || counts["handles"] != 7 || counts["audit"] < 3 || len(v.Unreadable) != 2 {
 		t.Errorf("%+v", v)
 	}
 	b.run(t, 1, "exists already", create...)
@@ -184,7 +298,8 @@ func (b *backups) create(t *testing.T) {
 		}
 	}
 	b.run(t, 0, "not looked inside", "backup", "verify", b.file, "--signer", b.signer)
-	b.run(t, 0, "users 7", "backup", "verify", b.file, "--age-identity", b.key)
+	b.run(t, 0, "users 8", "backup", "verify", b.file, "--age-identity", b.key)
+	b.run(t, 0, "17 messages of 2 rooms, 2 files of 2 rooms, 400000 bytes", "backup", "verify", b.file, "--age-identity", b.key)
 	other := filepath.Join(b.dir, "other.key")
 	b.run(t, 0, "other.key", "backup", "key", "--out", other)
 	b.run(t, 1, "not encrypted to this key", "backup", "verify", b.file, "--age-identity", other)
@@ -279,9 +394,17 @@ func (b *backups) drill(t *testing.T) {
 	var v struct {
 		Verified int
 		Parts    []kv.PartReport
+		Contents []struct {
+			Room, What, Done string
+			Count            int
+			Verified         bool
+		}
 	}
 	if err := json.Unmarshal([]byte(r.Stdout), &v); err != nil || r.Code != 0 || v.Verified < 15 {
 		t.Errorf("exit %d, %v: %s%s", r.Code, err, r.Stdout, r.Stderr)
+	}
+	if got, want := fmt.Sprint(v.Contents), "[{ops messages write 12 true} {ops files write 1 true} {quiet files write 1 true} {short messages write 5 true}]"; got != want {
+		t.Errorf("of rooms: %s, want %s", got, want)
 	}
 	if left, err := os.ReadDir(tmp); err != nil || len(left) > 0 {
 		t.Errorf("left behind: %v, %v", left, err)
@@ -474,6 +597,10 @@ func (b *backups) wiped(t *testing.T) {
 	b.file = filepath.Join(b.dir, "two.backup")
 	b.run(t, 0, "wrote", "--direct", "backup", "create", "--out", b.file, "--recipients-file", b.key+".pub")
 	old := b.everything(t)
+	said, at := map[bus.RoomID][]string{}, map[bus.RoomID]kv.Extent{}
+	for _, room := range []bus.RoomID{"ops", "short"} {
+		said[room], at[room] = b.said(t, room)
+	}
 	for _, i := range b.Nodes() {
 		b.Kill(i)
 	}
@@ -491,11 +618,25 @@ func (b *backups) wiped(t *testing.T) {
 		return nil
 	})
 	restore := []string{"--direct", "restore", b.file, "--age-identity", b.key, "--revoked", "alice"}
-	b.run(t, 0, "nothing was written", append(restore, "--dry-run")...)
+	b.run(t, 0, "room short: 5 messages would be written", append(restore, "--dry-run")...)
 	b.answers(refused, b.admin)
+	// A stream with something else in it is in the way, the half of an interrupted
+	// restore is not.
+	b.fill(t, "short", kv.StoredRecord{Key: bus.StoreSubject("short", b.frank.key, "t"), Revision: 8, At: time.Now(), Value: []byte("another")})
+	b.run(t, 1, "messages of room short: the room holds other messages here, up to 8", append(restore, "--yes")...)
+	if err := kv.DropRoomStream(t.Context(), b.bus, "short"); err != nil {
+		t.Fatal(err)
+	}
+	b.fill(t, "ops", b.half...)
 	started := time.Now()
-	b.run(t, 0, "read back as they must be", append(restore, "--yes")...)
-	t.Logf("restored in %s", time.Since(started).Round(time.Millisecond))
+	r := b.run(t, 0, "read back as they must be", append(restore, "--yes")...)
+	t.Logf("restored in %s: %s", time.Since(started).Round(time.Millisecond), r.Stdout)
+	for room, want := range said {
+		if got, now := b.said(t, room); !slices.Equal(got, want) || now != at[room] {
+			t.Errorf("room %s holds %v\n%s\nwant %v\n%s", room, now, strings.Join(got, "\n"), at[room], strings.Join(want, "\n"))
+		}
+	}
+	b.settings(t)
 	b.waitAdmits(b.admin, b.Nodes()...)
 	b.answers(admitted, b.erin)
 	for _, p := range []*person{b.alice, b.bob, b.carol, b.dave} {
@@ -509,6 +650,7 @@ func (b *backups) wiped(t *testing.T) {
 	delete(old, key)
 	delete(now, key)
 	b.compare(t, old, now)
+	b.goesOn(t)
 	b.run(t, 0, "0 records written", append(restore, "--yes")...)
 	b.run(t, 0, "cluster.restore", "--direct", "audit", "list")
 	b.run(t, 1, "is taken by", "--direct", "user", "add", "--handle", "erin", "--sign-pub", newPerson(t, "z").key.NKey())
@@ -518,6 +660,80 @@ func (b *backups) wiped(t *testing.T) {
 		b.waitAdmits(p, b.Nodes()...)
 	}
 	b.run(t, 1, "not empty", append(restore, "--yes")...)
+}
+
+// fill makes the stream of a room that nobody knows yet.
+func (b *backups) fill(t *testing.T, room bus.RoomID, messages ...kv.StoredRecord) {
+	t.Helper()
+	ctx, last := t.Context(), len(messages)-1
+	r, err := kv.BeginRoomRestore(ctx, b.bus, room, bus.Retention{}, kv.Extent{Messages: uint64(len(messages)), FirstSeq: messages[0].Revision, LastSeq: messages[last].Revision})
+	for _, m := range messages {
+		if err == nil {
+			err = r.Write(ctx, m)
+		}
+	}
+	if err == nil {
+		err = r.Finish(ctx)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// settings: what was restored is what the recorder makes, to the field.
+func (b *backups) settings(t *testing.T) {
+	js, err := jetstream.New(b.bus)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for room, keep := range map[bus.RoomID]bus.Retention{"ops": {}, "short": {MaxMessages: 5, MaxAgeSeconds: 7200}} {
+		s, err := js.Stream(t.Context(), bus.RoomStream(room))
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, want := s.CachedInfo().Config, kv.RoomStream(room, keep)
+		if err := kv.Verify(got, want); err != nil || got.MaxBytes != want.MaxBytes {
+			t.Errorf("%v, %d bytes", err, got.MaxBytes)
+		}
+	}
+}
+
+// goesOn: who was in a room is in it again, finds what was said, hears what is
+// said now behind it, and its files.
+func (b *backups) goesOn(t *testing.T) {
+	b.waitAdmits(b.frank, b.Nodes()...)
+	api := b.caller(t, b.frank)
+	history, _, err := api.Messages(t.Context(), "ops", sdk.MessageQuery{})
+	if err != nil || len(history) != 12 || history[11].Seq != 12 || len(history[11].Data) != 110_000 || history[11].NKey != b.alice.key.NKey() {
+		t.Errorf("%d messages, %v", len(history), err)
+	}
+	heard := make(chan uint64, 100)
+	room := b.enter(t, b.frank, "ops")
+	hearing, err := room.Subscribe(t.Context(), sdk.Hear{From: sdk.FromSequence(11)}, func(m sdk.Message) { heard <- m.Seq })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer hearing.Unsubscribe()
+	if seq, err := room.Publish(t.Context(), "t", []byte("on")); err != nil || seq != 13 {
+		t.Errorf("the first new message has sequence %d, %v", seq, err)
+	}
+	for want := uint64(11); want <= 13; want++ {
+		select {
+		case got := <-heard:
+			if got != want {
+				t.Errorf("heard %d, want %d", got, want)
+			}
+		case <-time.After(20 * time.Second):
+			t.Fatalf("%d is not heard", want)
+		}
+	}
+	var file bytes.Buffer
+	if _, err := api.GetBlob(t.Context(), "ops", "a file.bin", &file, sdk.BlobOptions{}); err != nil || !bytes.Equal(file.Bytes(), bytes.Repeat([]byte("file"), 100_000)) {
+		t.Errorf("the file has %d bytes, %v", file.Len(), err)
+	}
+	if list, err := api.Blobs(t.Context(), "ops"); err != nil || fmt.Sprint(list.Blobs) != fmt.Sprint(b.files.Blobs) {
+		t.Errorf("files %+v, want %+v, %v", list.Blobs, b.files.Blobs, err)
+	}
 }
 
 // compare wants two states to be the same, record by record.

@@ -98,12 +98,13 @@ func staticUsers() []staticUser {
 			"store.ops.U.x", "store.ops.U.x.y", "feed.ops._tip", "$O.UNIBUS_blobs.C.x", "$SYS.REQ.USER.INFO", "$JS.API.INFO", "$JS.FC.ROOM_ops.c.x",
 			"$JS.API.STREAM.CREATE.ROOM_other", "$JS.API.STREAM.UPDATE.ROOM_other", "$JS.API.STREAM.INFO.ROOM_other", "$JS.API.STREAM.MSG.GET.ROOM_other",
 			"$JS.API.STREAM.DELETE.ROOM_other", "$JS.API.STREAM.PURGE.OBJ_UNIBUS_blobs", "$JS.API.DIRECT.GET.ROOM_other", "$JS.API.CONSUMER.CREATE.ROOM_other.x.store.other.U",
+			"$JS.API.STREAM.RESTORE.ROOM_other", "$JS.SNAPSHOT.RESTORE.ROOM_other.x",
 		},
 		subscribe: []string{"_INBOX_membership.>", "room.ops.>", "room.*.>"},
 		cannotPub: []string{
 			"x", "room.ops.U.x", "feed.ops.U.x", "feed.ops._tip.x", "feed.ops.U", "store.ops.U", "notice.U.x", "_INBOX_UAAA.x", "_INBOX_membership.x", "sys.connz", "unibus.ack.a.b",
 			"$O.OTHER.x", "$KV.UNIBUS_users.x", "$JS.API.STREAM.NAMES", "$JS.API.STREAM.LIST", "$JS.API.STREAM.PURGE.ROOM_other", "$JS.API.STREAM.MSG.DELETE.ROOM_other",
-			"$JS.API.STREAM.RESTORE.ROOM_other", "$JS.API.STREAM.SNAPSHOT.ROOM_other", "$JS.API.STREAM.PEER.REMOVE.ROOM_other", "$JS.API.STREAM.LEADER.STEPDOWN.ROOM_other",
+			"$JS.API.STREAM.SNAPSHOT.ROOM_other", "$JS.API.STREAM.PEER.REMOVE.ROOM_other", "$JS.API.STREAM.LEADER.STEPDOWN.ROOM_other",
 			"$JS.API.CONSUMER.DURABLE.CREATE.ROOM_other.x", "$JS.ACK.ROOM_other.x.1.1.1.1.0", "$SYS.REQ.USER.AUTH", "$SYS.REQ.ACCOUNT.PING.CONNZ", "$SYS.REQ.SERVER.PING",
 		},
 		cannotSub: []string{

@@ -84,6 +84,7 @@ var controls = []control{
 	{off: guard.RolloutGate, dir: "test", test: "TestGate", live: true},
 	{off: guard.Tombstones, dir: "bus/kv", test: "TestRestoreTombstonesWin"},
 	{off: guard.OnlyFrozen, dir: "bus/kv", test: "TestRepairable"},
+	{off: guard.BackupWhole, dir: "cli/unibusctl", test: "TestBackupContents"},
 	{off: guard.BackupSignature, dir: "cli/unibusctl", test: "TestBackupSignature"},
 	{off: guard.LeaveAtOnce, dir: "test", test: "TestServerAwayForLongerThanALease", live: true},
 }

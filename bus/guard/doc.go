@@ -58,6 +58,7 @@ const (
 	BlobDigest         Name = "blob-digest"          // off: what was uploaded is not held to the digest that was signed
 	Tombstones         Name = "tombstones"           // off: a restore writes over what is there
 	OnlyFrozen         Name = "only-frozen"          // off: a stream that takes writes is repaired too
+	BackupWhole        Name = "backup-whole"         // off: a file of a room in a backup need not be what its digest says
 	BackupSignature    Name = "backup-signature"     // off: the signature of a backup is not verified
 	LeaveAtOnce        Name = "leave-at-once"        // off: a callout without a lease leaves the queue group by and by
 )

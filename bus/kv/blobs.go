@@ -287,6 +287,7 @@ type Upload struct {
 	room    bus.RoomID
 	info    bus.StoredBlob
 	chunks  int64
+	dated   bool // its time is that of another cluster's
 	renewed time.Time
 	window  chan struct{}
 	writing sync.WaitGroup
@@ -550,7 +551,9 @@ func (u *Upload) Commit(ctx context.Context, c Caller, fresh bool) (bus.BlobInfo
 				return d, err
 			}
 		}
-		u.info.CreatedAt = u.store.cfg.Now().UTC().Truncate(time.Millisecond)
+		if !u.dated {
+			u.info.CreatedAt = u.store.cfg.Now().UTC().Truncate(time.Millisecond)
+		}
 		return u.store.with(d, u.info, 0)
 	})
 	switch {

@@ -308,7 +308,7 @@ func (p *restorePlan) planRooms(snap *Snapshot, here records) (foreign map[strin
 		case err != nil || unreadable != nil:
 			foreign[r.Key] = "the record of this room here, or in the backup, cannot be read"
 			p.skip(PartRooms, r.Key, foreign[r.Key])
-		case cur.Creator != old.Creator || !cur.CreatedAt.Equal(old.CreatedAt) || cur.Durable != old.Durable || cur.Encrypted != old.Encrypted:
+		case anotherRoom(cur, old):
 			foreign[r.Key] = "this room is another one here, made at " + cur.CreatedAt.UTC().Format(time.RFC3339)
 			p.skip(PartRooms, r.Key, foreign[r.Key])
 		case cur.Status == bus.RoomActive && old.Status == bus.RoomArchived:
@@ -318,6 +318,46 @@ func (p *restorePlan) planRooms(snap *Snapshot, here records) (foreign map[strin
 		}
 	}
 	return foreign
+}
+
+// Restorable says whether what a room of a snapshot held may be brought back, and
+// with which record: why not, if not. known: the room is here already.
+func (s *Store) Restorable(snap *Snapshot, id bus.RoomID) (room bus.Room, known bool, why string) {
+	p := snap.Part(PartRooms)
+	i := slices.IndexFunc(p.Records, func(r StoredRecord) bool { return r.Key == string(id) })
+	if i < 0 {
+		return room, false, "the backup has no such room"
+	}
+	room, err := roomOf(p.Records[i])
+	if err != nil {
+		return room, false, "the record of this room in the backup cannot be read"
+	}
+	here, _, known := s.view.Room(id)
+	switch {
+	case !known:
+		return room, false, ""
+	case anotherRoom(here, room):
+		return room, true, "this room is another one here, made at " + here.CreatedAt.UTC().Format(time.RFC3339)
+	case here.Purged:
+		return room, true, "what this room held was taken away here"
+	}
+	return here, true, ""
+}
+
+// Kept are the rooms of a snapshot that have not been purged, sorted by id. One
+// whose record cannot be read is left out.
+func (s *Snapshot) Kept() []bus.Room {
+	var out []bus.Room
+	for _, r := range s.Part(PartRooms).Records {
+		if room, err := roomOf(r); err == nil && !room.Purged {
+			out = append(out, room)
+		}
+	}
+	return out
+}
+
+func anotherRoom(a, b bus.Room) bool {
+	return a.Creator != b.Creator || !a.CreatedAt.Equal(b.CreatedAt) || a.Durable != b.Durable || a.Encrypted != b.Encrypted
 }
 
 func (p *restorePlan) planMembers(snap *Snapshot, here records, foreign map[string]string) {

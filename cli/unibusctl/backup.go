@@ -25,9 +25,12 @@ import (
 const (
 	// liveWithin is how long the first proof of a backup or a restore may take:
 	// nobody waits at a prompt for them, so an election is waited out.
-	liveWithin    = 15 * time.Second
-	backupWithin  = 2 * time.Minute
-	restoreWithin = 30 * time.Minute
+	liveWithin = 15 * time.Second
+	// cutWithin is for the records, backupWithin and restoreWithin also for what
+	// rooms hold, of which there may be many gigabytes.
+	cutWithin     = 2 * time.Minute
+	backupWithin  = 2 * time.Hour
+	restoreWithin = 4 * time.Hour
 	// replicasWithin is how long followers may take to have what was restored.
 	replicasWithin = time.Minute
 )
@@ -40,9 +43,10 @@ func (a *app) backupCommand() *cli.Command {
 	return &cli.Command{
 		Name:     "backup",
 		Category: "cluster",
-		Usage:    "a signed, encrypted snapshot of who may do what",
+		Usage:    "a signed, encrypted copy of who may do what, and of what rooms hold",
 		Description: "Users, handles, rooms, members, sealed room keys and the heads of the audit, as they were at one\n" +
-			"moment. It is signed by the key that made it and encrypted to the given recipients: docs/backup.md.",
+			"moment; behind it the messages of durable rooms, and files. It is signed by the key that made it\n" +
+			"and encrypted to the given recipients: docs/backup.md.",
 		Subcommands: []*cli.Command{
 			{
 				Name:  "create",
@@ -55,7 +59,8 @@ func (a *app) backupCommand() *cli.Command {
 					&cli.StringFlag{Name: "dir", TakesFile: true, Usage: "`DIR` in which to write unibus-<time>.backup"},
 					&cli.IntFlag{Name: "keep", Usage: "with --dir: afterwards remove all but the newest `N` of them"},
 					&cli.StringFlag{Name: "membership-seed", TakesFile: true, Usage: "`FILE` with the seed of membership-ctrl, instead of ops"},
-				}, recipients...),
+					busSeedFlag(),
+				}, append(contentFlags(), recipients...)...),
 				Action: a.backupCreate,
 			},
 			{
@@ -74,7 +79,7 @@ func (a *app) backupCommand() *cli.Command {
 				Description: "Starts three nats-servers on this machine's loopback, restores, reads everything back, and\n" +
 					"removes them. The live cluster is not touched, and not needed.\n\n" +
 					"   unibusctl backup drill unibus.backup --signer U... --age-identity backup.key",
-				Flags: append(a.backupReadFlags(), &cli.StringFlag{
+				Flags: append(append(a.backupReadFlags(), contentFlags()...), &cli.StringFlag{
 					Name: "nats-server", TakesFile: true, Usage: "the server's `PROGRAM`; default: beside this one, /usr/lib/unibus, the PATH",
 				}),
 				Action: a.backupDrill,
@@ -108,7 +113,8 @@ func (a *app) restoreCommand() *cli.Command {
 			"who has it. What happened after the backup is lost: name with --revoked who was revoked since.\n" +
 			"The same line finishes a restore that was interrupted.\n\n" +
 			"   unibusctl --direct restore unibus.backup --signer U... --age-identity backup.key --dry-run",
-		Flags: append(a.backupReadFlags(),
+		Flags: append(append(a.backupReadFlags(), contentFlags()...),
+			busSeedFlag(),
 			&cli.BoolFlag{Name: "merge", Usage: "the cluster need not be empty: write only what is missing"},
 			&cli.StringSliceFlag{Name: "revoked", Usage: "`USER` of the backup, by handle or key, who was revoked since (repeat)"},
 			&cli.BoolFlag{Name: "dry-run", Usage: "show what it would do"},
@@ -119,21 +125,22 @@ func (a *app) restoreCommand() *cli.Command {
 
 // backupView is what `backup create` and `backup verify` print.
 type backupView struct {
-	File       string      `json:"file"`
-	CreatedAt  time.Time   `json:"created_at"`
-	Signer     string      `json:"signer"`
-	Bytes      int64       `json:"bytes"`
-	SHA256     string      `json:"sha256"`
-	Parts      []partCount `json:"parts"`
-	Unreadable []string    `json:"unreadable"`
-	Removed    []string    `json:"removed"`
-	Decrypted  bool        `json:"decrypted"`
+	File       string          `json:"file"`
+	CreatedAt  time.Time       `json:"created_at"`
+	Signer     string          `json:"signer"`
+	Bytes      int64           `json:"bytes"`
+	SHA256     string          `json:"sha256"`
+	Parts      []partCount     `json:"parts"`
+	Contents   []*roomContents `json:"contents"` // of rooms that hold something
+	Unreadable []string        `json:"unreadable"`
+	Removed    []string        `json:"removed"`
+	Decrypted  bool            `json:"decrypted"`
 }
 
 func viewOf(path string, b *backupFile) backupView {
 	return backupView{
 		File: path, CreatedAt: b.CreatedAt, Signer: b.Signer, Bytes: b.Size, SHA256: b.Digest,
-		Parts: []partCount{}, Unreadable: []string{}, Removed: []string{},
+		Parts: []partCount{}, Contents: []*roomContents{}, Unreadable: []string{}, Removed: []string{},
 	}
 }
 
@@ -143,7 +150,12 @@ func (a *app) printBackup(v backupView, said string) error {
 	}
 	words := []string{}
 	for _, p := range v.Parts {
-		words = append(words, fmt.Sprintf("%s %d", p.Part, p.Records))
+		if !isContents(p.Part) {
+			words = append(words, fmt.Sprintf("%s %d", p.Part, p.Records))
+		}
+	}
+	if said := sayContents(v.Contents); said != "" {
+		words = append(words, said)
 	}
 	fmt.Fprintln(a.out, oneLine(fmt.Sprintf("%s %s: %d bytes, taken %s, signed by %s", said, v.File, v.Bytes, v.CreatedAt.UTC().Format(time.RFC3339), v.Signer)))
 	if len(words) > 0 {
@@ -180,6 +192,12 @@ func (a *app) backupCreate(c *cli.Context) error {
 		}
 		link.seed, link.inbox, link.dial = a.set.opsSeed, "_INBOX_ops", a.dialFirst
 	}
+	seedOfBus := ""
+	if wantedContents(c).any() {
+		if seedOfBus, err = busSeed(c, link.seed); err != nil {
+			return err
+		}
+	}
 	if dir != "" {
 		out = filepath.Join(dir, "unibus-"+a.now().UTC().Format("20060102T150405Z")+".backup")
 	}
@@ -190,7 +208,9 @@ func (a *app) backupCreate(c *cli.Context) error {
 		return err
 	}
 	defer d.Close()
-	snap, err := d.view.TakeSnapshot(ctx)
+	cutting, stop := context.WithTimeout(ctx, cutWithin)
+	defer stop()
+	snap, err := d.view.TakeSnapshot(cutting)
 	if err != nil {
 		return err
 	}
@@ -198,12 +218,25 @@ func (a *app) backupCreate(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	counts, written, err := saveBackup(out, snap.At.UTC().Truncate(time.Millisecond), sourcesOf(snap), recipients, kv.SeedSigner(link.seed))
+	sources, rooms := sourcesOf(snap), func() []*roomContents { return []*roomContents{} }
+	if want := wantedContents(c); want.any() {
+		l, err := a.openBus(ctx, seedOfBus, d.view)
+		if err != nil {
+			return err
+		}
+		defer l.Close()
+		more, counted, err := contentSources(ctx, snap, d.view, l, want)
+		if err != nil {
+			return err
+		}
+		sources, rooms = append(sources, more...), counted
+	}
+	counts, written, err := saveBackup(out, snap.At.UTC().Truncate(time.Millisecond), sources, recipients, kv.SeedSigner(link.seed))
 	if err != nil {
 		return err
 	}
 	v := viewOf(out, written)
-	v.Parts, v.Decrypted = counts, true
+	v.Parts, v.Contents, v.Decrypted = counts, rooms(), true
 	for _, b := range unreadable {
 		v.Unreadable = append(v.Unreadable, b.Bucket+" "+b.Key)
 	}
@@ -327,15 +360,15 @@ func (a *app) backupVerify(c *cli.Context) error {
 		return err
 	}
 	if keys != nil {
-		snap, counts, err := b.snapshot(keys)
+		in, err := b.inside(keys)
 		if err != nil {
 			return err
 		}
-		unreadable, err := snap.Check()
+		unreadable, err := in.snap.Check()
 		if err != nil {
 			return err
 		}
-		v.Parts, v.Decrypted = counts, true
+		v.Parts, v.Contents, v.Decrypted = in.counts, in.rooms, true
 		for _, u := range unreadable {
 			v.Unreadable = append(v.Unreadable, u.Bucket+" "+u.Key)
 		}
@@ -379,51 +412,68 @@ type restoreView struct {
 	SHA256    string    `json:"sha256"`
 	DryRun    bool      `json:"dry_run"`
 	kv.RestoreReport
-	Unknown   []partCount `json:"unknown"` // parts of a newer version: not restored
-	ElapsedMS int64       `json:"elapsed_ms"`
+	Contents  []*contentsReport `json:"contents"` // of rooms
+	Unknown   []partCount       `json:"unknown"`  // parts of a newer version: not restored
+	ElapsedMS int64             `json:"elapsed_ms"`
 }
 
-// readable opens a backup for a restore: verified, decrypted, checked.
-func (a *app) readable(c *cli.Context) (string, *backupFile, *kv.Snapshot, []partCount, error) {
+// readableBackup is a backup that may be restored: verified, decrypted, checked.
+type readableBackup struct {
+	path string
+	file *backupFile
+	keys []age.Identity
+	in   *backupInside
+}
+
+func (a *app) readable(c *cli.Context) (*readableBackup, error) {
 	path, b, err := a.openSigned(c)
 	if err != nil {
-		return "", nil, nil, nil, err
+		return nil, err
 	}
-	keys, err := identities(c)
-	if err == nil && keys == nil {
+	r := &readableBackup{path: path, file: b}
+	r.keys, err = identities(c)
+	if err == nil && r.keys == nil {
 		err = usagef("--age-identity names the key that can read it")
 	}
-	if err != nil {
-		b.Close()
-		return "", nil, nil, nil, err
-	}
-	snap, counts, err := b.snapshot(keys)
 	if err == nil {
-		_, err = snap.Check()
+		r.in, err = b.inside(r.keys)
+	}
+	if err == nil {
+		_, err = r.in.snap.Check()
 	}
 	if err != nil {
 		b.Close()
-		return "", nil, nil, nil, err
+		return nil, err
 	}
-	unknown := slices.DeleteFunc(counts, func(p partCount) bool { return snap.Part(p.Part) != nil })
-	return path, b, snap, unknown, nil
+	return r, nil
+}
+
+// unknown are the parts of another version of unibus.
+func (r *readableBackup) unknown() []partCount {
+	return slices.DeleteFunc(slices.Clone(r.in.counts), func(p partCount) bool { return isContents(p.Part) || r.in.snap.Part(p.Part) != nil })
 }
 
 func (a *app) restore(c *cli.Context) error {
 	if err := a.needDirect(); err != nil {
 		return err
 	}
-	path, b, snap, unknown, err := a.readable(c)
+	r, err := a.readable(c)
 	if err != nil {
 		return err
 	}
-	defer b.Close()
+	defer r.file.Close()
 	o := kv.RestoreOptions{Merge: c.Bool("merge"), DryRun: c.Bool("dry-run")}
-	if o.Revoked, err = usersOf(snap, c.StringSlice("revoked")); err != nil {
+	if o.Revoked, err = usersOf(r.in.snap, c.StringSlice("revoked")); err != nil {
 		return err
 	}
+	want, seed := wantedContents(c), ""
+	if want.any() && len(r.in.rooms) > 0 {
+		if seed, err = busSeed(c, a.set.opsSeed); err != nil {
+			return err
+		}
+	}
 	if !o.DryRun {
-		if err := a.confirm(fmt.Sprintf("restore what the cluster was at %s? What was revoked since and is not named with --revoked comes back active", b.CreatedAt.UTC().Format(time.RFC3339))); err != nil {
+		if err := a.confirm(fmt.Sprintf("restore what the cluster was at %s? What was revoked since and is not named with --revoked comes back active", r.file.CreatedAt.UTC().Format(time.RFC3339))); err != nil {
 			return err
 		}
 	}
@@ -437,30 +487,53 @@ func (a *app) restore(c *cli.Context) error {
 	if err := a.waitThree(ctx, d.nc); err != nil {
 		return err
 	}
-	v, err := d.restoreInto(ctx, path, b, snap, o)
+	var l *busLink
+	if seed != "" {
+		if l, err = a.openBus(ctx, seed, d.view); err != nil {
+			return err
+		}
+		defer l.Close()
+	}
+	v, err := d.restoreInto(ctx, r, l, want, o)
 	if err != nil {
 		return err
 	}
-	v.Unknown = unknown
 	return a.printRestore(v)
 }
 
 // restoreInto restores into the cluster of d, recorded, and waits until all
-// three nodes have it.
-func (d *direct) restoreInto(ctx context.Context, path string, b *backupFile, snap *kv.Snapshot, o kv.RestoreOptions) (restoreView, error) {
-	started := d.app.now()
-	v := restoreView{File: path, CreatedAt: b.CreatedAt, SHA256: b.Digest, DryRun: o.DryRun}
-	restore := func() (change bus.Change, err error) {
-		v.RestoreReport, err = d.slow.Restore(ctx, snap, o)
-		return bus.Change{Verified: err == nil}, err
-	}
+// three nodes have it. What rooms held comes first, when everything is known to
+// fit: who may read it comes last.
+func (d *direct) restoreInto(ctx context.Context, r *readableBackup, l *busLink, want contentsWanted, o kv.RestoreOptions) (restoreView, error) {
+	started, b := d.app.now(), r.file
+	v := restoreView{File: r.path, CreatedAt: b.CreatedAt, SHA256: b.Digest, DryRun: o.DryRun, Contents: []*contentsReport{}, Unknown: r.unknown()}
+	dry := o
+	dry.DryRun = true
 	var err error
-	if o.DryRun {
-		_, err = restore()
-	} else {
-		detail := fmt.Sprintf("backup of %s sha256 %s", b.CreatedAt.UTC().Format(time.RFC3339), b.Digest)
-		_, err = d.record(ctx, "cluster.restore", bus.AuditEntry{Detail: detail}, restore)
+	if v.RestoreReport, err = d.slow.Restore(ctx, r.in.snap, dry); err != nil {
+		return v, err
 	}
+	contents := &contentsRestore{d: d, link: l, file: b, keys: r.keys, in: r.in, merge: o.Merge}
+	if l != nil {
+		if err := l.blobs.Bootstrap(ctx); err != nil {
+			return v, err
+		}
+		if err := contents.plan(ctx, want); err != nil {
+			return v, err
+		}
+		v.Contents = append(v.Contents, contents.report...)
+	}
+	if o.DryRun {
+		return v, nil
+	}
+	detail := fmt.Sprintf("backup of %s sha256 %s", b.CreatedAt.UTC().Format(time.RFC3339), b.Digest)
+	_, err = d.record(ctx, "cluster.restore", bus.AuditEntry{Detail: detail}, func() (bus.Change, error) {
+		err := contents.write(ctx)
+		if err == nil {
+			v.RestoreReport, err = d.slow.Restore(ctx, r.in.snap, o)
+		}
+		return bus.Change{Verified: err == nil}, err
+	})
 	if err != nil {
 		if written := v.writes(); written > 0 {
 			d.app.say("%d records were written before that; the same line goes on", written)
@@ -468,9 +541,6 @@ func (d *direct) restoreInto(ctx context.Context, path string, b *backupFile, sn
 		return v, err
 	}
 	v.ElapsedMS = d.app.now().Sub(started).Milliseconds()
-	if o.DryRun {
-		return v, nil
-	}
 	return v, d.app.waitThree(ctx, d.nc)
 }
 
@@ -527,9 +597,6 @@ func usersOf(snap *kv.Snapshot, names []string) ([]bus.UserKey, error) {
 }
 
 func (a *app) printRestore(v restoreView) error {
-	if v.Unknown == nil {
-		v.Unknown = []partCount{}
-	}
 	if a.set.json {
 		return a.print(v, nil)
 	}
@@ -539,6 +606,13 @@ func (a *app) printRestore(v restoreView) error {
 			t.AppendRow(table.Row{p.Part, p.Snapshot, p.Same, p.Written, p.Skipped, p.Unreadable})
 		}
 	})
+	for _, r := range v.Contents {
+		word := map[string]string{contentsWrite: "written, read back", contentsSame: "there already", contentsSkip: "skipped: " + r.Why}[r.Done]
+		if v.DryRun && r.Done == contentsWrite {
+			word = "would be written"
+		}
+		fmt.Fprintln(a.out, oneLine(fmt.Sprintf("room %s: %d %s %s", r.Room, r.Count, r.What, word)))
+	}
 	for _, s := range v.Skipped {
 		fmt.Fprintln(a.out, oneLine(fmt.Sprintf("skipped %s %s: %s", s.Part, s.Key, s.Why)))
 	}

@@ -28,11 +28,11 @@ const drillStart = 2 * time.Minute
 // replicas and the same verification as a restore in earnest. One server would
 // be less work and would prove less, for every stream is checked to have three.
 func (a *app) backupDrill(c *cli.Context) error {
-	path, b, snap, unknown, err := a.readable(c)
+	r, err := a.readable(c)
 	if err != nil {
 		return err
 	}
-	defer b.Close()
+	defer r.file.Close()
 	program, err := findServer(c.String("nats-server"))
 	if err != nil {
 		return bus.E(bus.NotFound, "there is no nats-server: %w", err).WithHint("--nats-server PROGRAM")
@@ -43,21 +43,20 @@ func (a *app) backupDrill(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	v, err := a.drillInto(ctx, cluster, path, b, snap)
+	v, err := a.drillInto(ctx, cluster, r, wantedContents(c))
 	if stopped := cluster.stop(); err == nil {
 		err = stopped
 	}
 	if err != nil {
 		return err
 	}
-	v.Unknown = unknown
 	a.say("restored into three servers on this machine, which are gone again")
 	return a.printRestore(v)
 }
 
-func (a *app) drillInto(ctx context.Context, cluster *drillCluster, path string, b *backupFile, snap *kv.Snapshot) (restoreView, error) {
+func (a *app) drillInto(ctx context.Context, cluster *drillCluster, r *readableBackup, want contentsWanted) (restoreView, error) {
 	dial := func(ctx context.Context, _, _ string) (*nats.Conn, error) {
-		nc, err := cluster.connect(ctx)
+		nc, err := cluster.connect(ctx, "drill")
 		if err == nil {
 			err = kv.Bootstrap(ctx, nc, drillStart, func(why string) { a.say("%s", why) })
 		}
@@ -68,7 +67,16 @@ func (a *app) drillInto(ctx context.Context, cluster *drillCluster, path string,
 		return restoreView{}, fmt.Errorf("%w; the servers say:\n%s", err, cluster.log())
 	}
 	defer d.Close()
-	return d.restoreInto(ctx, path, b, snap, kv.RestoreOptions{})
+	nc, err := cluster.connect(ctx, "rooms")
+	if err != nil {
+		return restoreView{}, err
+	}
+	l, err := newBusLink(nc, d.view)
+	if err != nil {
+		return restoreView{}, err
+	}
+	defer l.Close()
+	return d.restoreInto(ctx, r, l, want, kv.RestoreOptions{})
 }
 
 // drillCluster is three nats-servers on loopback, in a directory of their own.
@@ -126,7 +134,7 @@ func (d *drillCluster) config(i int, ports []int) string {
 	return fmt.Sprintf(`server_name: d%d
 listen: 127.0.0.1:%d
 log_file: %q
-jetstream { store_dir: %q, max_file_store: 8GB, max_memory_store: 64MB }
+jetstream { store_dir: %q, max_file_store: 32GB, max_memory_store: 64MB }
 cluster {
   name: unibus-drill, listen: 127.0.0.1:%d, no_advertise: true
   authorization { user: drill, password: %q, timeout: 10 }
@@ -136,14 +144,15 @@ system_account: SYS
 accounts {
   SYS {}
   CTRL { jetstream: enabled, users: [{user: drill, password: %q}] }
+  BUS { jetstream: enabled, users: [{user: rooms, password: %q}] }
 }
 `, i+1, ports[i], filepath.Join(d.dir, fmt.Sprintf("d%d.log", i+1)), filepath.Join(d.dir, fmt.Sprintf("d%d", i+1)),
-		ports[kv.Replicas+i], d.password, strings.Join(routes, ", "), d.password)
+		ports[kv.Replicas+i], d.password, strings.Join(routes, ", "), d.password, d.password)
 }
 
-func (d *drillCluster) connect(ctx context.Context) (*nats.Conn, error) {
+func (d *drillCluster) connect(ctx context.Context, user string) (*nats.Conn, error) {
 	for {
-		nc, err := nats.Connect(strings.Join(d.urls, ","), nats.UserInfo("drill", d.password), nats.Name("unibusctl drill"), nats.Timeout(dialTimeout))
+		nc, err := nats.Connect(strings.Join(d.urls, ","), nats.UserInfo(user, d.password), nats.Name("unibusctl drill"), nats.Timeout(dialTimeout))
 		if err == nil {
 			return nc, nil
 		}

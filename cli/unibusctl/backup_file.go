@@ -17,6 +17,7 @@ import (
 
 	"filippo.io/age"
 	"github.com/google/renameio/v2"
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nkeys"
 
 	"unibus.internal/bus"
@@ -66,6 +67,10 @@ type backupLine struct {
 	At       *time.Time `json:"at,omitempty"`  // of the snapshot, of the stream, of the record
 	End      string     `json:"end,omitempty"` // ends a part, or the snapshot
 	Count    *int       `json:"count,omitempty"`
+
+	Header   nats.Header `json:"headers,omitempty"`   // of a message
+	FirstSeq uint64      `json:"first_seq,omitempty"` // of a room's stream, at its end
+	LastSeq  uint64      `json:"last_seq,omitempty"`
 }
 
 // backupSource is a part that is written while it is read: the seam for what
@@ -73,19 +78,19 @@ type backupLine struct {
 type backupSource struct {
 	name, stream string
 	created      time.Time
-	each         func(emit func(kv.StoredRecord) error) error
+	each         func(emit func(kv.StoredRecord) error) (kv.Extent, error) // an Extent of a room's stream only
 }
 
 func sourcesOf(s *kv.Snapshot) []backupSource {
 	out := make([]backupSource, len(s.Parts))
 	for i, p := range s.Parts {
-		out[i] = backupSource{p.Name, p.Stream, p.Created, func(emit func(kv.StoredRecord) error) error {
+		out[i] = backupSource{p.Name, p.Stream, p.Created, func(emit func(kv.StoredRecord) error) (kv.Extent, error) {
 			for _, r := range p.Records {
 				if err := emit(r); err != nil {
-					return err
+					return kv.Extent{}, err
 				}
 			}
-			return nil
+			return kv.Extent{}, nil
 		}}
 	}
 	return out
@@ -105,13 +110,13 @@ func writeLines(w io.Writer, at time.Time, sources []backupSource) ([]partCount,
 			return nil, err
 		}
 		n := 0
-		err := s.each(func(r kv.StoredRecord) error {
+		extent, err := s.each(func(r kv.StoredRecord) error {
 			n++
 			stored := r.At.UTC()
-			return e.Encode(backupLine{Key: r.Key, Revision: r.Revision, At: &stored, Data: r.Value, Deleted: r.Value == nil})
+			return e.Encode(backupLine{Key: r.Key, Revision: r.Revision, At: &stored, Data: r.Value, Deleted: r.Value == nil, Header: r.Header})
 		})
 		if err == nil {
-			err = e.Encode(backupLine{End: s.name, Count: &n})
+			err = e.Encode(backupLine{End: s.name, Count: &n, FirstSeq: extent.FirstSeq, LastSeq: extent.LastSeq})
 		}
 		if err != nil {
 			return nil, err
@@ -341,52 +346,77 @@ func (b *backupFile) lines(identities []age.Identity) (io.Reader, error) {
 	return r, nil
 }
 
-// snapshot decrypts and reads the parts that a restore knows. The parts of
-// another version of unibus are counted, and left alone.
-func (b *backupFile) snapshot(identities []age.Identity) (*kv.Snapshot, []partCount, error) {
+// backupInside is what a backup holds: the records, and what there is of rooms.
+type backupInside struct {
+	snap   *kv.Snapshot
+	counts []partCount
+	rooms  []*roomContents
+}
+
+// inside decrypts and reads the parts that a restore knows; what rooms held is
+// looked at and not kept. The parts of another version of unibus are counted, and
+// left alone.
+func (b *backupFile) inside(identities []age.Identity) (*backupInside, error) {
 	r, err := b.lines(identities)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	snap, counts, err := readLines(r)
+	in, err := readLines(r)
 	if err != nil {
-		return nil, nil, bus.E(bus.Invalid, "%s is refused: %w", b.f.Name(), err)
+		return nil, bus.E(bus.Invalid, "%s is refused: %w", b.f.Name(), err)
 	}
-	return snap, counts, nil
+	return in, nil
 }
 
 // readLines is the reverse of writeLines, for what a restore knows. A snapshot
 // that does not end is none.
-func readLines(r io.Reader) (*kv.Snapshot, []partCount, error) {
+func readLines(r io.Reader) (*backupInside, error) {
 	known := map[string]bool{
 		kv.PartUsers: true, kv.PartRooms: true, kv.PartMembers: true, kv.PartHandles: true, kv.PartRoomKeys: true, kv.PartAudit: true,
 	}
-	snap, size := &kv.Snapshot{}, 0
-	begin := func(p kv.Part) error {
-		if known[p.Name] {
-			p.Records = []kv.StoredRecord{}
-			snap.Parts = append(snap.Parts, p)
-		}
-		return nil
-	}
-	at, counts, err := scanLines(r, begin, func(part string, r kv.StoredRecord) error {
-		if !known[part] {
+	in, size := &backupInside{snap: &kv.Snapshot{}}, 0
+	contents := contentsCheck{byRoom: map[bus.RoomID]*roomContents{}}
+	at, counts, err := scanLines(r, lineHandler{
+		begin: func(p kv.Part) error {
+			if known[p.Name] {
+				p.Records = []kv.StoredRecord{}
+				in.snap.Parts = append(in.snap.Parts, p)
+				return nil
+			}
+			return contents.begin(p.Name)
+		},
+		each: func(part string, r kv.StoredRecord) error {
+			if !known[part] {
+				return contents.each(r)
+			}
+			if size += len(r.Key) + len(r.Value); size > mostSnapshot {
+				return fmt.Errorf("its records are more than %d MiB", mostSnapshot>>20)
+			}
+			p := &in.snap.Parts[len(in.snap.Parts)-1]
+			p.Records = append(p.Records, r)
 			return nil
-		}
-		if size += len(r.Key) + len(r.Value); size > mostSnapshot {
-			return fmt.Errorf("its records are more than %d MiB", mostSnapshot>>20)
-		}
-		p := &snap.Parts[len(snap.Parts)-1]
-		p.Records = append(p.Records, r)
-		return nil
+		},
+		end: func(part string, e kv.Extent) error {
+			if known[part] {
+				return nil
+			}
+			return contents.end(e)
+		},
 	})
-	snap.At = at
-	return snap, counts, err
+	in.snap.At, in.counts, in.rooms = at, counts, contents.rooms()
+	return in, err
+}
+
+// lineHandler is told what scanLines reads; begin and end may be nil.
+type lineHandler struct {
+	begin func(kv.Part) error
+	each  func(part string, r kv.StoredRecord) error
+	end   func(part string, e kv.Extent) error // its Messages are the part's records
 }
 
 // scanLines hands out parts and records as they come. Only without an error was
 // what it handed out the whole of it.
-func scanLines(r io.Reader, begin func(kv.Part) error, each func(part string, r kv.StoredRecord) error) (taken time.Time, counts []partCount, err error) {
+func scanLines(r io.Reader, h lineHandler) (taken time.Time, counts []partCount, err error) {
 	in := bufio.NewScanner(r)
 	in.Buffer(make([]byte, 64<<10), mostLine)
 	counts = []partCount{}
@@ -413,7 +443,9 @@ func scanLines(r io.Reader, begin func(kv.Part) error, each func(part string, r 
 			return taken, nil, fmt.Errorf("version %d of the snapshot is unknown", l.Snapshot)
 		case l.Part != "" && open == "":
 			open, count = l.Part, 0
-			err = begin(kv.Part{Name: l.Part, Stream: l.Stream, Created: at})
+			if h.begin != nil {
+				err = h.begin(kv.Part{Name: l.Part, Stream: l.Stream, Created: at})
+			}
 		case l.Key != "" && open != "":
 			count++
 			switch {
@@ -422,9 +454,12 @@ func scanLines(r io.Reader, begin func(kv.Part) error, each func(part string, r 
 			case l.Data == nil:
 				l.Data = []byte{}
 			}
-			err = each(open, kv.StoredRecord{Key: l.Key, Revision: l.Revision, At: at, Value: l.Data})
+			err = h.each(open, kv.StoredRecord{Key: l.Key, Revision: l.Revision, At: at, Value: l.Data, Header: l.Header})
 		case l.End != "" && l.Count != nil && open != "" && l.End == open && *l.Count == count:
 			counts = append(counts, partCount{open, count})
+			if h.end != nil {
+				err = h.end(open, kv.Extent{Messages: uint64(count), FirstSeq: l.FirstSeq, LastSeq: l.LastSeq})
+			}
 			open = ""
 		case l.End == "snapshot" && l.Count != nil && open == "" && *l.Count == len(counts):
 			ended = true

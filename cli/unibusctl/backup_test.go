@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"filippo.io/age"
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nkeys"
 
 	"unibus.internal/bus"
@@ -44,6 +45,84 @@ func vectorSnapshot() *kv.Snapshot {
 		{Name: kv.PartRoomKeys, Stream: "KV_UNIBUS_room_keys", Created: at, Records: []kv.StoredRecord{}},
 		{Name: kv.PartAudit, Stream: "UNIBUS_AUDIT", Created: at, Records: []kv.StoredRecord{rec("membership-n1", `{"n":7,"seq":9,"hash":"00"}`, 9)}},
 	}}
+}
+
+// vectorSources is the vectorSnapshot with what one room holds: two messages, the
+// last one of which is gone, and a file.
+func vectorSources() []backupSource {
+	at := time.Date(2026, 11, 25, 10, 0, 0, 0, time.UTC)
+	alice := "UDLVVGABQKYQVN6VJP7NHSLEA45A5YLS6PNKMIZFV4BBU2HXA5IRUVAL"
+	messages := []kv.StoredRecord{
+		{
+			Key: "store.ops." + alice + ".deploy.done", Revision: 41, At: at.Add(123456789), Value: []byte("one"),
+			Header: nats.Header{"Nats-Msg-Id": {alice + ":a1"}, "Unibus-Msg-Id": {"a1"}},
+		},
+		{Key: "store.ops." + alice + ".chat", Revision: 43, At: at.Add(time.Second), Value: []byte{}},
+	}
+	id := strings.Repeat("0f", 16)
+	blob, _ := json.Marshal(bus.StoredBlob{ID: id, BlobInfo: bus.BlobInfo{
+		Name: "a.txt", Size: 5, SHA256: "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824", CreatedAt: at, CreatedBy: alice,
+	}})
+	files := []kv.StoredRecord{
+		{Key: id + ".00000000", Revision: 1, At: at, Value: []byte("hello")},
+		{Key: id + ".file", Revision: 2, At: at, Value: blob},
+	}
+	part := func(name, stream string, rs []kv.StoredRecord, e kv.Extent) backupSource {
+		return backupSource{name, stream, at, func(emit func(kv.StoredRecord) error) (kv.Extent, error) {
+			for _, r := range rs {
+				if err := emit(r); err != nil {
+					return e, err
+				}
+			}
+			return e, nil
+		}}
+	}
+	return append(sourcesOf(vectorSnapshot()),
+		part("room:ops", "ROOM_ops", messages, kv.Extent{FirstSeq: 41, LastSeq: 44}), part("files:ops", "OBJ_UNIBUS_blobs", files, kv.Extent{}))
+}
+
+// What a backup says of rooms is held together: messages of other rooms, out of
+// order or with headers that no recorder stores, and files that are not whole,
+// are not taken.
+func TestBackupContents(t *testing.T) {
+	var good bytes.Buffer
+	if _, err := writeLines(&good, vectorSnapshot().At, vectorSources()); err != nil {
+		t.Fatal(err)
+	}
+	if in, err := readLines(bytes.NewReader(good.Bytes())); err != nil || len(in.rooms) != 1 || in.rooms[0].stored[0].Name != "a.txt" {
+		t.Fatalf("%v", err)
+	}
+	for name, edit := range map[string][2]string{
+		"another room":      {"store.ops.UD", "store.old.UD"},
+		"no stored subject": {"store.ops.UD", "feed.ops.UD"},
+		"no user":           {`store.ops.UDL`, `store.ops.UDA`},
+		"a server's header": {`"Nats-Msg-Id"`, `"Nats-Rollup"`},
+		"a break": {`["a1"]`, `["a1
+Nats-Rollup: all"]`},
+		"out of order":    {`"rev":43`, `"rev":41`},
+		"behind the end":  {`"last_seq":44`, `"last_seq":42`},
+		"not the first":   {`"first_seq":41`, `"first_seq":40`},
+		"a part twice":    {`{"part":"files:ops"`, `{"part":"room:ops"`},
+		"a piece missing": {".00000000", ".00000001"},
+		"another content": {"aGVsbG8=", "aGVsbHA="},
+		"no file":         {`"key":"0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f.file","rev":2,"data":"`, `"key":"0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f.file","rev":2,"data":"AAAA`},
+		"of another id":   {".file", "0.file"},
+	} {
+		bad := strings.Replace(good.String(), edit[0], edit[1], 1)
+		if bad == good.String() {
+			t.Fatalf("%s: nothing to replace", name)
+		}
+		if in, err := readLines(strings.NewReader(bad)); err == nil {
+			t.Errorf("%s is taken: %+v", name, in.rooms)
+		}
+	}
+	// A file that was removed while it was copied has no end, and is none.
+	cut := good.String()
+	begin, end := strings.Index(cut, `{"key":"0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f.file"`), strings.Index(cut, `{"end":"files:ops"`)
+	cut = strings.Replace(cut[:begin]+cut[end:], `{"end":"files:ops","count":2}`, `{"end":"files:ops","count":1}`, 1)
+	if in, err := readLines(strings.NewReader(cut)); err != nil || in.rooms[0].Files != 0 {
+		t.Errorf("a file without an end: %v", err)
+	}
 }
 
 // The format stays what docs/backup.md says: the file of this repository is
@@ -86,17 +165,22 @@ func TestBackupVector(t *testing.T) {
 	}
 	var out bytes.Buffer
 	want := vectorSnapshot()
-	if _, err := writeLines(&out, want.At, sourcesOf(want)); err != nil || !bytes.Equal(out.Bytes(), inside) {
+	if _, err := writeLines(&out, want.At, vectorSources()); err != nil || !bytes.Equal(out.Bytes(), inside) {
 		t.Errorf("%v; what is written is\n%s", err, out.Bytes())
 	}
-	got, counts, err := b.snapshot(keys)
+	got, err := b.inside(keys)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if fmt.Sprint(got) != fmt.Sprint(want) || len(counts) != 6 {
-		t.Errorf("read %+v, want %+v", got, want)
+	if fmt.Sprint(got.snap) != fmt.Sprint(want) || len(got.counts) != 8 {
+		t.Errorf("read %+v, want %+v", got.snap, want)
 	}
-	if r := got.Part(kv.PartMembers).Records[0]; r.Value == nil || len(r.Value) != 0 {
+	room := *got.rooms[0]
+	room.stored = nil
+	if w := (roomContents{Room: "ops", Messages: 2, FirstSeq: 41, LastSeq: 44, Files: 1, Bytes: 5}); len(got.rooms) != 1 || fmt.Sprint(room) != fmt.Sprint(w) {
+		t.Errorf("read %+v, want %+v", room, w)
+	}
+	if r := got.snap.Part(kv.PartMembers).Records[0]; r.Value == nil || len(r.Value) != 0 {
 		t.Error("an empty record has become a deleted one")
 	}
 }
@@ -115,10 +199,10 @@ func newBackupVector(t *testing.T, dir string) (v backupVector) {
 	v.Signer, _ = signer.PublicKey()
 	var file, lines bytes.Buffer
 	snap := vectorSnapshot()
-	if _, err := writeBackup(&file, snap.At, sourcesOf(snap), []age.Recipient{key.Recipient()}, signer); err != nil {
+	if _, err := writeBackup(&file, snap.At, vectorSources(), []age.Recipient{key.Recipient()}, signer); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := writeLines(&lines, snap.At, sourcesOf(snap)); err != nil {
+	if _, err := writeLines(&lines, snap.At, vectorSources()); err != nil {
 		t.Fatal(err)
 	}
 	v.Lines = strings.Split(strings.TrimSuffix(lines.String(), "\n"), "\n")
@@ -155,7 +239,7 @@ func backupFixture(t *testing.T) (path, signer string, key *age.X25519Identity) 
 	path = filepath.Join(t.TempDir(), "x.backup")
 	snap := vectorSnapshot()
 	// Three blocks, so that the last one is not the first.
-	big := kv.Part{Name: "room:ops", Stream: "ROOM_ops", Created: snap.At}
+	big := kv.Part{Name: "of tomorrow", Stream: "ROOM_ops", Created: snap.At}
 	for i := range 10 {
 		big.Records = append(big.Records, kv.StoredRecord{Key: fmt.Sprintf("%d", i), At: snap.At, Value: bytes.Repeat([]byte{byte(i)}, 200<<10)})
 	}
@@ -182,8 +266,8 @@ func TestBackupSignature(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer b.Close()
-	if _, counts, err := b.snapshot([]age.Identity{key}); err != nil || len(counts) != 7 || counts[6] != (partCount{"room:ops", 10}) {
-		t.Fatalf("%v %v", counts, err)
+	if in, err := b.inside([]age.Identity{key}); err != nil || len(in.counts) != 7 || in.counts[6] != (partCount{"of tomorrow", 10}) {
+		t.Fatalf("%v %v", in, err)
 	}
 	try := func(name string, data []byte, by string) {
 		t.Helper()
@@ -239,7 +323,7 @@ func TestBackupChangedMeanwhile(t *testing.T) {
 	if err := f.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := b.snapshot([]age.Identity{key}); err == nil || !strings.Contains(err.Error(), "changed while it was read") {
+	if _, err := b.inside([]age.Identity{key}); err == nil || !strings.Contains(err.Error(), "changed while it was read") {
 		t.Errorf("%v", err)
 	}
 }
@@ -267,7 +351,9 @@ func TestBackupIsWholeOrNotThere(t *testing.T) {
 	if _, _, err := saveBackup(path, snap.At, sourcesOf(snap), []age.Recipient{key.Recipient()}, pair); bus.CodeOf(err) != bus.Conflict {
 		t.Errorf("over a backup: %v", err)
 	}
-	broken := append(sourcesOf(snap), backupSource{name: "z", each: func(func(kv.StoredRecord) error) error { return errors.New("the stream went away") }})
+	broken := append(sourcesOf(snap), backupSource{name: "z", each: func(func(kv.StoredRecord) error) (kv.Extent, error) {
+		return kv.Extent{}, errors.New("the stream went away")
+	}})
 	if _, _, err := saveBackup(filepath.Join(filepath.Dir(path), "half"), snap.At, broken, []age.Recipient{key.Recipient()}, pair); err == nil {
 		t.Error("a source that fails makes a backup")
 	}
@@ -325,21 +411,27 @@ func FuzzBackupLines(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Add(good.Bytes())
+	good.Reset()
+	if _, err := writeLines(&good, snap.At, vectorSources()); err != nil {
+		f.Fatal(err)
+	}
+	f.Add(bytes.Clone(good.Bytes()))
 	f.Add([]byte(`{"unibus_snapshot":1}` + "\n" + `{"part":"users"}` + "\n" + `{"end":"users","count":0}` + "\n" + `{"end":"snapshot","count":1}` + "\n"))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		snap, counts, err := readLines(bytes.NewReader(data))
+		in, err := readLines(bytes.NewReader(data))
 		if err != nil {
 			return
 		}
-		if _, err := snap.Check(); err != nil || len(counts) != len(snap.Parts) {
+		snap := in.snap
+		if _, err := snap.Check(); err != nil || len(in.counts) != len(snap.Parts) {
 			return
 		}
 		var out bytes.Buffer
 		if _, err := writeLines(&out, snap.At, sourcesOf(snap)); err != nil {
 			return // a time that JSON cannot spell
 		}
-		again, _, err := readLines(&out)
-		if err != nil || fmt.Sprint(again.Parts) != fmt.Sprint(snap.Parts) {
+		again, err := readLines(&out)
+		if err != nil || fmt.Sprint(again.snap.Parts) != fmt.Sprint(snap.Parts) {
 			t.Errorf("%v: %+v became %+v", err, snap, again)
 		}
 	})

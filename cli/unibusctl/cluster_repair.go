@@ -182,9 +182,9 @@ func (a *app) saveCopy(ctx context.Context, nc, sys *nats.Conn, stream, path str
 	defer f.Cleanup() //nolint:errcheck // nothing is left to clean after a success
 	w := bufio.NewWriterSize(f, 64<<10)
 	now := a.now().UTC()
-	_, err = writeLines(w, now, []backupSource{{name: stream, stream: stream, created: now, each: func(emit func(kv.StoredRecord) error) (err error) {
+	_, err = writeLines(w, now, []backupSource{{name: stream, stream: stream, created: now, each: func(emit func(kv.StoredRecord) error) (_ kv.Extent, err error) {
 		extent, err = kv.SaveStream(ctx, nc, sys, stream, emit)
-		return err
+		return extent, err
 	}}})
 	if err == nil {
 		err = w.Flush()
@@ -212,7 +212,7 @@ func copyIn(path, stream string) kv.Copy {
 			}
 			return nil
 		}
-		_, counts, err := scanLines(f, begin, func(_ string, r kv.StoredRecord) error { return each(r) })
+		_, counts, err := scanLines(f, lineHandler{begin: begin, each: func(_ string, r kv.StoredRecord) error { return each(r) }})
 		if err == nil && len(counts) != 1 {
 			err = bus.E(bus.Invalid, "%s is no copy of a stream", path)
 		}
