@@ -19,5 +19,5 @@
 //
 // Every type here is parsed, never cast: a value of type UserKey, Handle or
 // RoomID that came from outside has passed its Parse function. The package has
-// no state, does no I/O and is safe for concurrent use.
+// no state, does no I/O but what Roots reads, and is safe for concurrent use.
 package bus

@@ -5,7 +5,6 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,7 +14,6 @@ import (
 	"net/http"
 	"net/http/httptrace"
 	"net/url"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -108,7 +106,7 @@ func New(cfg Config) (*Client, error) {
 		DisableCompression:    true,
 	}
 	if cfg.CAFile != "" {
-		if _, err := roots(cfg.CAFile); err != nil {
+		if _, err := bus.Roots(cfg.CAFile); err != nil {
 			return nil, err
 		}
 		transport.DialTLSContext = dialTrusting(trust, cfg.CAFile)
@@ -125,7 +123,7 @@ func New(cfg Config) (*Client, error) {
 // dialTrusting connects with the authorities that the file holds at that moment.
 func dialTrusting(base *tls.Config, caFile string) func(context.Context, string, string) (net.Conn, error) {
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
-		pool, err := roots(caFile)
+		pool, err := bus.Roots(caFile)
 		if err != nil {
 			return nil, err
 		}
@@ -136,19 +134,6 @@ func dialTrusting(base *tls.Config, caFile string) func(context.Context, string,
 		dialer := tls.Dialer{NetDialer: &net.Dialer{Timeout: dialTimeout}, Config: trust}
 		return dialer.DialContext(ctx, network, address)
 	}
-}
-
-// roots are the authorities in a file: two while one is being replaced.
-func roots(caFile string) (*x509.CertPool, error) {
-	pem, err := os.ReadFile(caFile)
-	if err != nil {
-		return nil, bus.E(bus.Invalid, "cannot read the CA: %w", err)
-	}
-	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(pem) {
-		return nil, bus.E(bus.Invalid, "%s holds no certificate", caFile)
-	}
-	return pool, nil
 }
 
 // Close closes idle connections. Requests under way are not disturbed.

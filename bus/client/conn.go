@@ -259,7 +259,7 @@ func (c *Conn) options(l *line) []nats.Option {
 		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { c.failed(l, err) }),
 	}
 	if c.cfg.CAFile != "" {
-		opts = append(opts, nats.ClientTLSConfig(nil, func() (*x509.CertPool, error) { return roots(c.cfg.CAFile) }))
+		opts = append(opts, nats.ClientTLSConfig(nil, func() (*x509.CertPool, error) { return bus.Roots(c.cfg.CAFile) }))
 	}
 	return opts
 }

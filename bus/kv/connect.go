@@ -35,7 +35,7 @@ func Connect(l Link) (*nats.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	if _, err := Roots(l.CAFile); err != nil {
+	if _, err := bus.Roots(l.CAFile); err != nil {
 		return nil, err
 	}
 	opts := []nats.Option{
@@ -43,7 +43,7 @@ func Connect(l Link) (*nats.Conn, error) {
 		nats.Name(l.Name),
 		// Read at each connect: while an authority is replaced, what a service
 		// trusts changes under its feet, without a restart.
-		nats.ClientTLSConfig(nil, func() (*x509.CertPool, error) { return Roots(l.CAFile) }),
+		nats.ClientTLSConfig(nil, func() (*x509.CertPool, error) { return bus.Roots(l.CAFile) }),
 		nats.CustomInboxPrefix(l.Inbox),
 		nats.IgnoreAuthErrorAbort(),
 		nats.ReconnectBufSize(-1),
@@ -105,23 +105,9 @@ func readSeed(file string) (nkeys.KeyPair, error) {
 // Trust is a TLS configuration that trusts the CAs in a file, as it is now, and
 // nothing else.
 func Trust(caFile string) (*tls.Config, error) {
-	pool, err := Roots(caFile)
+	pool, err := bus.Roots(caFile)
 	if err != nil {
 		return nil, err
 	}
 	return &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}, nil
-}
-
-// Roots are the CAs in a file: two while an authority is replaced. What outlives
-// a rotation reads them again at each connect.
-func Roots(caFile string) (*x509.CertPool, error) {
-	pem, err := os.ReadFile(caFile)
-	if err != nil {
-		return nil, bus.E(bus.Invalid, "cannot read the CA: %w", err)
-	}
-	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(pem) {
-		return nil, bus.E(bus.Invalid, "%s holds no certificate", caFile)
-	}
-	return pool, nil
 }

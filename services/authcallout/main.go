@@ -28,6 +28,7 @@ import (
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nkeys"
 
+	"unibus.internal/bus"
 	"unibus.internal/bus/kv"
 	"unibus.internal/services/authcallout/callout"
 )
@@ -187,7 +188,7 @@ func prepare(c config, log *slog.Logger) (*process, error) {
 	if err != nil {
 		return nil, err
 	}
-	if _, err := kv.Roots(c.ca); err != nil {
+	if _, err := bus.Roots(c.ca); err != nil {
 		return nil, err
 	}
 	busKey := ""

@@ -62,7 +62,7 @@ func newProcess(cfg config, log *slog.Logger, keys []callout.Keys) *process {
 }
 
 // roots is whom the probes trust, as the connections of kv.Connect do.
-func (p *process) roots() (*x509.CertPool, error) { return kv.Roots(p.cfg.ca) }
+func (p *process) roots() (*x509.CertPool, error) { return bus.Roots(p.cfg.ca) }
 
 // say shows in `systemctl status` and /readyz what the process waits for.
 func (p *process) say(status string) {

@@ -277,7 +277,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stderr 
 		return fail(log, exitConfig, err)
 	}
 	health := api.NewHealth(api.HealthConfig{
-		Node: c.node, Version: version, View: view, Conn: nc, Roots: func() (*x509.CertPool, error) { return kv.Roots(c.ca) }, Certs: certs, Log: log, Now: time.Now,
+		Node: c.node, Version: version, View: view, Conn: nc, Roots: func() (*x509.CertPool, error) { return bus.Roots(c.ca) }, Certs: certs, Log: log, Now: time.Now,
 	})
 	monitor, err := api.NewMonitor(c.monitorURL)
 	if err != nil {

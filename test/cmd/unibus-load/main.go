@@ -24,7 +24,6 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"unibus.internal/bus"
-	"unibus.internal/bus/kv"
 	"unibus.internal/bus/sig"
 )
 
@@ -95,7 +94,7 @@ func load(ctx context.Context, urls, ca, identity string, room bus.RoomID, n int
 		if ca != "" {
 			// Read at each connect: a CA is rotated under programs that go on running.
 			opts = append(opts, nats.Secure(&tls.Config{MinVersion: tls.VersionTLS13}),
-				nats.ClientTLSConfig(nil, func() (*x509.CertPool, error) { return kv.Roots(ca) }))
+				nats.ClientTLSConfig(nil, func() (*x509.CertPool, error) { return bus.Roots(ca) }))
 		}
 		if c.nc, err = nats.Connect(urls, opts...); err != nil {
 			return nil, err
