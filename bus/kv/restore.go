@@ -242,26 +242,24 @@ func (p *restorePlan) planUsers(snap *Snapshot, here records, ended map[string]b
 			handles[u.Handle] = key
 		}
 	}
-	for _, r := range snap.Part(PartUsers).Records {
+	users := slices.Clone(snap.Part(PartUsers).Records)
+	for i, r := range users {
+		if u, err := userOf(r); err == nil && ended[r.Key] && u.Status != bus.Revoked {
+			users[i] = revokedRecord(r, &u, now)
+		}
+	}
+	p.compare(PartUsers, users, here, func(r StoredRecord) {
 		old, unreadable := userOf(r)
-		if unreadable == nil && ended[r.Key] && old.Status != bus.Revoked {
-			r = revokedRecord(r, &old, now)
+		if holder, taken := handles[old.Handle]; taken && unreadable == nil && old.RotatedTo == nil {
+			p.leftOut[r.Key] = true
+			p.skip(PartUsers, r.Key, fmt.Sprintf("the handle %s is that of %s here; this key stays unknown, which is denied", old.Handle, holder))
+			return
 		}
-		there, exists := here[PartUsers][r.Key]
-		if !exists {
-			if holder, taken := handles[old.Handle]; taken && unreadable == nil && old.RotatedTo == nil {
-				p.leftOut[r.Key] = true
-				p.skip(PartUsers, r.Key, fmt.Sprintf("the handle %s is that of %s here; this key stays unknown, which is denied", old.Handle, holder))
-				continue
-			}
-			p.writes[PartUsers][r.Key] = r
-			continue
-		}
+		p.writes[PartUsers][r.Key] = r
+	}, func(r, there StoredRecord) {
+		old, unreadable := userOf(r)
 		cur, err := userOf(there)
 		switch {
-		case same(there, r):
-			p.same[PartUsers][r.Key] = r
-			p.parts[PartUsers].Same++
 		case ended[r.Key] && err == nil && cur.Status == bus.Revoked:
 			p.parts[PartUsers].Same++ // an earlier run of the same restore has revoked them
 		case guard.Off(guard.Tombstones):
@@ -275,7 +273,28 @@ func (p *restorePlan) planUsers(snap *Snapshot, here records, ended map[string]b
 		default:
 			p.skip(PartUsers, r.Key, fmt.Sprintf("%s is here, and stays as it is", cur.Handle))
 		}
+	})
+}
+
+// compare goes through a part's records: missing decides about what is not here,
+// differs about what is here and not the same.
+func (p *restorePlan) compare(part string, rs []StoredRecord, here records, missing func(r StoredRecord), differs func(r, there StoredRecord)) {
+	for _, r := range rs {
+		switch there, exists := here[part][r.Key]; {
+		case !exists:
+			missing(r)
+		case same(there, r):
+			p.same[part][r.Key] = r
+			p.parts[part].Same++
+		default:
+			differs(r, there)
+		}
 	}
+}
+
+// stays is the differs of what is never touched where there is another.
+func (p *restorePlan) stays(part, why string) func(r, there StoredRecord) {
+	return func(r, _ StoredRecord) { p.skip(part, r.Key, why) }
 }
 
 // revokedRecord is a user's record as a revoke would have left it.
@@ -291,20 +310,14 @@ func revokedRecord(r StoredRecord, u *bus.User, now time.Time) StoredRecord {
 // snapshot says of their members and keys must not reach it.
 func (p *restorePlan) planRooms(snap *Snapshot, here records) (foreign map[string]string) {
 	foreign = map[string]string{}
-	for _, r := range snap.Part(PartRooms).Records {
-		there, exists := here[PartRooms][r.Key]
-		old, unreadable := roomOf(r)
-		if !exists {
-			if r.Value != nil {
-				p.writes[PartRooms][r.Key] = r
-			}
-			continue
+	p.compare(PartRooms, snap.Part(PartRooms).Records, here, func(r StoredRecord) {
+		if r.Value != nil {
+			p.writes[PartRooms][r.Key] = r
 		}
+	}, func(r, there StoredRecord) {
+		old, unreadable := roomOf(r)
 		cur, err := roomOf(there)
 		switch {
-		case same(there, r):
-			p.same[PartRooms][r.Key] = r
-			p.parts[PartRooms].Same++
 		case err != nil || unreadable != nil:
 			foreign[r.Key] = "the record of this room here, or in the backup, cannot be read"
 			p.skip(PartRooms, r.Key, foreign[r.Key])
@@ -316,7 +329,7 @@ func (p *restorePlan) planRooms(snap *Snapshot, here records) (foreign map[strin
 		default:
 			p.skip(PartRooms, r.Key, "the room is here, and stays as it is")
 		}
-	}
+	})
 	return foreign
 }
 
@@ -367,16 +380,10 @@ func (p *restorePlan) planMembers(snap *Snapshot, here records, foreign map[stri
 			present[m.User.Hex()]++
 		}
 	}
-	for _, r := range snap.Part(PartMembers).Records {
+	p.compare(PartMembers, snap.Part(PartMembers).Records, here, func(r StoredRecord) {
 		room, user, _ := strings.Cut(r.Key, ".")
-		there, exists := here[PartMembers][r.Key]
 		m, err := memberOf(r)
 		switch {
-		case exists && same(there, r):
-			p.same[PartMembers][r.Key] = r
-			p.parts[PartMembers].Same++
-		case exists:
-			p.skip(PartMembers, r.Key, "the membership is here, and stays as it is")
 		case foreign[room] != "":
 			p.skip(PartMembers, r.Key, foreign[room])
 		case p.leftOut[user]:
@@ -390,45 +397,33 @@ func (p *restorePlan) planMembers(snap *Snapshot, here records, foreign map[stri
 			}
 			p.writes[PartMembers][r.Key] = r
 		}
-	}
+	}, p.stays(PartMembers, "the membership is here, and stays as it is"))
 }
 
 func (p *restorePlan) planHandles(snap *Snapshot, here records) {
-	for _, r := range snap.Part(PartHandles).Records {
-		there, exists := here[PartHandles][r.Key]
+	p.compare(PartHandles, snap.Part(PartHandles).Records, here, func(r StoredRecord) {
 		h, err := handleOf(r)
 		switch {
-		case exists && same(there, r):
-			p.same[PartHandles][r.Key] = r
-			p.parts[PartHandles].Same++
-		case exists:
-			p.skip(PartHandles, r.Key, "the handle is reserved here, and stays with who has it")
 		case r.Value == nil || err == nil && h.User == "": // nobody's
 		case err == nil && p.leftOut[h.User]:
 			p.skip(PartHandles, r.Key, "this user is left out")
 		default:
 			p.writes[PartHandles][r.Key] = r
 		}
-	}
+	}, p.stays(PartHandles, "the handle is reserved here, and stays with who has it"))
 }
 
 func (p *restorePlan) planRoomKeys(snap *Snapshot, here records, foreign map[string]string) {
-	for _, r := range snap.Part(PartRoomKeys).Records {
+	p.compare(PartRoomKeys, snap.Part(PartRoomKeys).Records, here, func(r StoredRecord) {
 		room, _, _ := strings.Cut(r.Key, ".")
-		there, exists := here[PartRoomKeys][r.Key]
 		switch {
-		case exists && same(there, r):
-			p.same[PartRoomKeys][r.Key] = r
-			p.parts[PartRoomKeys].Same++
-		case exists:
-			p.skip(PartRoomKeys, r.Key, "there is another record here, which stays")
 		case foreign[room] != "":
 			p.skip(PartRoomKeys, r.Key, foreign[room])
 		case r.Value == nil:
 		default:
 			p.writes[PartRoomKeys][r.Key] = r
 		}
-	}
+	}, p.stays(PartRoomKeys, "there is another record here, which stays"))
 }
 
 // writePart writes one part's records, several at once. Users who are revoked
