@@ -72,34 +72,63 @@ func firstStartWaits(t *testing.T, c *cluster.Cluster) {
 	c.WaitHealthy(startFinished)
 }
 
-// oneNodeKilled kills the node that leads the cluster, and then the one that
-// leads the bucket of users. The other two answer 200 all along.
+// oneNodeKilled kills the node that leads both the cluster and the bucket of
+// users; at full numbers also that of the one, and that of the other. The other
+// two nodes answer 200 all along.
 func oneNodeKilled(t *testing.T, c *cluster.Cluster) {
 	ops := c.Ops()
-	for what, leader := range map[string]func(context.Context, *cluster.Cluster) (int, error){
-		"meta leader": metaLeader, "leader of KV_UNIBUS_users": usersLeader,
-	} {
-		victim, err := leader(t.Context(), c)
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Logf("kill n%d, the %s", victim, what)
-		stop := keepServing(t, c, others(c, victim)...)
-		c.Kill(victim)
-		cluster.WaitFor(t, writesGoOn, "a write without the "+what, func() error { return write(ops) })
-		cluster.WaitFor(t, startFinished, "another "+what, func() error {
-			now, err := leader(t.Context(), c)
-			if err == nil && now == victim {
-				err = fmt.Errorf("still n%d", victim)
-			}
+	type victim struct {
+		what   string
+		leader func(context.Context, *cluster.Cluster) (int, error)
+	}
+	victims := []victim{{"leader of all", leaderOfAll(ops)}}
+	if full {
+		victims = append(victims, victim{"meta leader", metaLeader}, victim{"leader of KV_UNIBUS_users", usersLeader})
+	}
+	for _, v := range victims {
+		lost := 0
+		cluster.WaitFor(t, startFinished, "a "+v.what, func() (err error) {
+			lost, err = v.leader(t.Context(), c)
 			return err
 		})
+		t.Logf("kill n%d, the %s", lost, v.what)
+		stop := keepServing(t, c, others(c, lost)...)
+		c.Kill(lost)
+		cluster.WaitFor(t, writesGoOn, "a write without the "+v.what, func() error { return write(ops) })
+		for _, leader := range []func(context.Context, *cluster.Cluster) (int, error){metaLeader, usersLeader} {
+			cluster.WaitFor(t, startFinished, "another "+v.what, func() error {
+				now, err := leader(t.Context(), c)
+				if err == nil && now == lost {
+					err = fmt.Errorf("still n%d", lost)
+				}
+				return err
+			})
+		}
 		// The lease of before the kill is used up by now: what serves, serves
 		// by barriers that the two wrote alone.
 		cluster.Hold(t, noQuorumSeen, "writes with one node down", func() error { return write(ops) })
-		c.StartNode(victim)
+		c.StartNode(lost)
 		c.WaitHealthy(backUnaided)
 		stop()
+	}
+}
+
+// leaderOfAll moves the bucket of users to the node that leads the cluster.
+func leaderOfAll(ops *nats.Conn) func(context.Context, *cluster.Cluster) (int, error) {
+	return func(ctx context.Context, c *cluster.Cluster) (int, error) {
+		meta, err := metaLeader(ctx, c)
+		if err != nil {
+			return 0, err
+		}
+		users, err := usersLeader(ctx, c)
+		if err != nil || users == meta {
+			return meta, err
+		}
+		said, err := ops.RequestWithContext(ctx, "$JS.API.STREAM.LEADER.STEPDOWN.KV_UNIBUS_users", fmt.Appendf(nil, `{"placement":{"preferred":%q}}`, c.Node(meta)))
+		if err != nil {
+			return 0, err
+		}
+		return 0, fmt.Errorf("n%d led the bucket, n%d is asked to: %s", users, meta, said.Data)
 	}
 }
 
