@@ -7,6 +7,7 @@ require (
 	github.com/nats-io/nats.go v1.55.0
 	github.com/nats-io/nkeys v0.4.17
 	github.com/nats-io/nuid v1.0.1
+	go.uber.org/goleak v1.3.0
 	golang.org/x/crypto v0.58.0
 )
 

@@ -200,9 +200,9 @@ func (c *Conn) settled(l *line) {
 // open makes a line, trying all servers until one lets us in or ctx ends. The
 // first try is the server before, if there was one: what is published to two
 // servers one after the other may arrive in another order.
-func (c *Conn) open(ctx context.Context, before string) (*line, error) {
+func (c *Conn) open(ctx context.Context, before string) (_ *line, err error) {
 	l := &line{}
-	for n := 0; ; n++ {
+	for n := 0; ctx.Err() == nil; n++ {
 		urls, opts := slices.Clone(c.cfg.URLs), c.options(l)
 		// If it takes nobody, its users spread over the others.
 		rand.Shuffle(len(urls), func(i, j int) { urls[i], urls[j] = urls[j], urls[i] })
@@ -210,7 +210,8 @@ func (c *Conn) open(ctx context.Context, before string) (*line, error) {
 			urls[0], urls[i] = urls[i], urls[0]
 			opts = append(opts, nats.DontRandomize())
 		}
-		nc, err := nats.Connect(strings.Join(urls, ","), opts...)
+		var nc *nats.Conn
+		nc, err = nats.Connect(strings.Join(urls, ","), opts...)
 		if err == nil {
 			l.nc = nc
 			if l.answers, err = hearAnswers(nc); err == nil {
@@ -223,13 +224,13 @@ func (c *Conn) open(ctx context.Context, before string) (*line, error) {
 		}
 		select {
 		case <-ctx.Done():
-			if errors.Is(err, nats.ErrAuthorization) {
-				return nil, bus.E(bus.Unauthenticated, "the servers do not let %s in: %w", c.key, err).WithHint("unibusctl user show %s", c.key)
-			}
-			return nil, bus.E(bus.Unavailable, "no server can be reached: %w", err).WithHint("unibusctl cluster status")
 		case <-time.After(delay(n)):
 		}
 	}
+	if errors.Is(err, nats.ErrAuthorization) {
+		return nil, bus.E(bus.Unauthenticated, "the servers do not let %s in: %w", c.key, err).WithHint("unibusctl user show %s", c.key)
+	}
+	return nil, bus.E(bus.Unavailable, "no server can be reached: %w", errors.Join(ctx.Err(), err)).WithHint("unibusctl cluster status")
 }
 
 func (c *Conn) options(l *line) []nats.Option {

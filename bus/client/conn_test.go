@@ -10,7 +10,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -68,12 +67,17 @@ func scripted(t *testing.T, nonce string, answer func(say func(string), line str
 		t.Fatal(err)
 	}
 	var open sync.WaitGroup
+	var accepted []net.Conn
 	open.Go(func() {
 		for {
 			plain, err := l.Accept()
 			if err != nil {
+				for _, c := range accepted { // a client that is never closed must not keep the test waiting
+					_ = c.Close()
+				}
 				return
 			}
+			accepted = append(accepted, plain)
 			open.Go(func() {
 				defer func() { _ = plain.Close() }()
 				_, _ = fmt.Fprintf(plain, "INFO {\"server_id\":\"NX\",\"version\":\"2.15.2\",\"proto\":1,\"headers\":true,\"max_payload\":1048576,\"tls_required\":true,\"nonce\":%s}\r\n", quoted)
@@ -133,6 +137,7 @@ func TestDialSignsNonces(t *testing.T) {
 
 // A connection that is closed leaves nothing behind, and has said that it is.
 func TestCloseLeavesNothing(t *testing.T) {
+	leavesNothing(t)
 	url, trust := stranger(t, "Zm9vYmFyLTEyMw")
 	id := newIdentity(t)
 	round := func() {
@@ -161,16 +166,8 @@ func TestCloseLeavesNothing(t *testing.T) {
 			t.Errorf("subscribed after the end: %v", err)
 		}
 	}
-	round()
-	before := runtime.NumGoroutine()
-	for range 5 {
+	for range 3 {
 		round()
-	}
-	for end := time.Now().Add(5 * time.Second); runtime.NumGoroutine() > before; runtime.Gosched() {
-		if time.Now().After(end) {
-			buf := make([]byte, 1<<20)
-			t.Fatalf("%d goroutines became %d:\n%s", before, runtime.NumGoroutine(), buf[:runtime.Stack(buf, true)])
-		}
 	}
 }
 
@@ -270,6 +267,7 @@ func TestOnlyWhoIsToldAndRefusedGivesUp(t *testing.T) {
 // A room that is heard, and a message that nobody stores, end with their
 // connection and leave nothing behind.
 func TestRoomLeavesNothing(t *testing.T) {
+	leavesNothing(t)
 	url, trust := stranger(t, "Zm9vYmFyLTEyMw")
 	id := newIdentity(t)
 	f := newFake(t, func(w http.ResponseWriter, r *http.Request) {
@@ -316,15 +314,7 @@ func TestRoomLeavesNothing(t *testing.T) {
 		}
 		hearing.Unsubscribe()
 	}
-	round()
-	before := runtime.NumGoroutine()
 	for range 3 {
 		round()
-	}
-	for end := time.Now().Add(5 * time.Second); runtime.NumGoroutine() > before; runtime.Gosched() {
-		if time.Now().After(end) {
-			buf := make([]byte, 1<<20)
-			t.Fatalf("%d goroutines became %d:\n%s", before, runtime.NumGoroutine(), buf[:runtime.Stack(buf, true)])
-		}
 	}
 }
