@@ -50,6 +50,9 @@ const (
 	chunkPatience = 20 * time.Second
 	chunkTimeout  = 4 * time.Second
 	againAfter    = 250 * time.Millisecond
+	// purgeTimeout is for the chunks of a large file: removing 1 GiB took the
+	// servers 4.5 s. Who gives up before leaves the rest to the reconciler.
+	purgeTimeout = 10 * time.Second
 
 	// An upload that has not renewed its marker for markerFresh is not committed,
 	// and one that has not for markerStale is removed. Between the two are more
@@ -496,7 +499,7 @@ func (b *Blobs) remove(ctx context.Context, id bus.RoomID, blob string) {
 }
 
 func (b *Blobs) purge(ctx context.Context, filter string) error {
-	ctx, cancel := context.WithTimeout(ctx, chunkTimeout)
+	ctx, cancel := context.WithTimeout(ctx, purgeTimeout)
 	defer cancel()
 	request, err := json.Marshal(map[string]any{"filter": filter})
 	if err != nil {
