@@ -4,9 +4,11 @@ import (
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -31,13 +33,14 @@ type scale struct {
 	rounds, users                int // pairs of storms, one connection per user each
 	idle                         time.Duration
 	strangers, barriers, changes int
+	byRooms                      int // connects for each number of rooms, in each round
 	many                         int // users in the buckets when memory is measured
 }
 
 const (
 	benchConcurrency = 32
 	roomsPerUser     = 20
-	benchRooms       = 100
+	benchRooms       = bus.MaxRoomsPerUser
 	settle           = 500 * time.Millisecond
 	roomsInCrowd     = 2 // of each user who is only there to take memory
 	// The aims of reference/performance.md: measured figures stand beside them.
@@ -50,13 +53,13 @@ const (
 // changes acknowledged by every service.
 func TestBenchStillRuns(t *testing.T) {
 	t.Parallel()
-	runBench(t, io.Discard, scale{rounds: 1, users: 12, idle: 100 * time.Millisecond, strangers: 4, barriers: 3, changes: 3, many: 40})
+	runBench(t, io.Discard, scale{rounds: 1, users: 12, idle: 100 * time.Millisecond, strangers: 4, barriers: 3, changes: 3, byRooms: 4, many: 40})
 }
 
 // BenchmarkUnibus measures a live cluster of three nodes once, whatever b.N is,
 // and prints the table of docs/performance.md.
 func BenchmarkUnibus(b *testing.B) {
-	s := scale{rounds: 5, users: 1000, idle: 10 * time.Second, strangers: 1000, barriers: 200, changes: 200, many: 10_000}
+	s := scale{rounds: 5, users: 1000, idle: 10 * time.Second, strangers: 1000, barriers: 200, changes: 200, byRooms: 100, many: 10_000}
 	runBench(b, os.Stdout, s)
 }
 
@@ -84,6 +87,7 @@ func runBench(t testing.TB, out io.Writer, s scale) {
 	b.changes()
 	b.closings()
 	b.fill(rss)
+	b.connectsByRooms() // last: its users have more rooms than those whose memory is measured
 }
 
 // storm is what one burst of connections cost.
@@ -142,12 +146,18 @@ func (b *bench) withoutRest(s storm) storm {
 // is what each must meet: nil, or wire.ErrDenied.
 func storming(w *world, users []*person, want error) storm {
 	w.t.Helper()
+	return w.connecting(users, benchConcurrency, want)
+}
+
+// connecting is storming, so many at a time.
+func (w *world) connecting(users []*person, atATime int, want error) storm {
+	w.t.Helper()
 	conns, took, errs := make([]*wire.Conn, len(users)), make([]time.Duration, len(users)), make([]error, len(users))
 	callouts, servers, clients := w.cpu(cluster.Authcallout), w.cpu(cluster.NATS), w.ownCPU()
 	started := time.Now()
 	var next atomic.Int64
 	var wg sync.WaitGroup
-	for range benchConcurrency {
+	for range atATime {
 		wg.Go(func() {
 			for i := int(next.Add(1)) - 1; i < len(users); i = int(next.Add(1)) - 1 {
 				begun := time.Now()
@@ -186,6 +196,90 @@ func (b *bench) measureIdle() storm {
 	hold(b.t.Context(), b.idle)
 	s := time.Since(started).Seconds()
 	return storm{callouts: (b.cpu(cluster.Authcallout) - callouts) / s, servers: (b.cpu(cluster.NATS) - servers) / s}
+}
+
+// connectsByRooms measures what each further room of a user costs when they
+// connect, one after the other so that nobody waits in a queue.
+func (b *bench) connectsByRooms() {
+	type group struct {
+		rooms  int
+		users  []*person
+		storms []storm
+		// Of each round: the callout's own time, and the size of its sealed answer.
+		took, answer []float64
+	}
+	groups, first := []*group{{rooms: 1}, {rooms: roomsPerUser}, {rooms: 100}, {rooms: benchRooms}}, 0
+	for _, g := range groups {
+		few := b.seedUsers(b.many+first, min(b.byRooms, 10), g.rooms)
+		first += len(few)
+		for i := range b.byRooms { // below the number of connections that one user may have
+			g.users = append(g.users, few[i%len(few)])
+		}
+	}
+	calls := func() (n, seconds float64) {
+		return b.metric("unibus_auth_duration_seconds_count"), b.metric("unibus_auth_duration_seconds_sum")
+	}
+	for range b.rounds {
+		for _, g := range groups {
+			n, seconds := calls()
+			answers, size := b.answered()
+			g.storms = append(g.storms, b.withoutRest(b.connecting(g.users, 1, nil)))
+			n2, seconds2 := calls()
+			answers2, size2 := b.answered()
+			g.took = append(g.took, (seconds2-seconds)/(n2-n)*1000)
+			g.answer = append(g.answer, (size2-size)/(answers2-answers)/1024)
+		}
+	}
+	p50 := func(s storm) float64 { return s.p50.Seconds() * 1000 }
+	p99 := func(s storm) float64 { return s.p99.Seconds() * 1000 }
+	ratio := func(g *group, of func(storm) float64) float64 {
+		ratios := make([]float64, len(g.storms))
+		for i := range ratios {
+			ratios[i] = of(g.storms[i]) / of(groups[0].storms[i])
+		}
+		return median(ratios)
+	}
+	for _, g := range groups {
+		b.row(fmt.Sprintf("connect with %d rooms: p50 / p99, to 1 room", g.rooms), "", "%.1f / %.1f ms, %.1fx / %.1fx", medianBy(g.storms, p50), medianBy(g.storms, p99), ratio(g, p50), ratio(g, p99))
+	}
+	for _, g := range groups {
+		b.row(fmt.Sprintf("  %d rooms: time of the callout; its answer", g.rooms), "", "%.2f ms; %.1f KiB", median(g.took), median(g.answer))
+	}
+	for _, g := range groups {
+		b.row(fmt.Sprintf("  %d rooms: CPU of callouts / servers", g.rooms), "", "%.2f / %.2f ms",
+			medianBy(g.storms, func(s storm) float64 { return s.callouts }), medianBy(g.storms, func(s storm) float64 { return s.servers }))
+	}
+}
+
+// answered is how many answers the servers have had from callouts so far, and of
+// how many bytes.
+func (b *bench) answered() (n, size float64) {
+	b.t.Helper()
+	for _, i := range b.Nodes() {
+		var all struct {
+			Accounts []struct {
+				Name     string `json:"acc"`
+				Received struct {
+					Messages float64 `json:"msgs"`
+					Bytes    float64 `json:"bytes"`
+				} `json:"received"`
+			} `json:"account_statz"`
+		}
+		r, err := http.Get(b.MonitorURL(i) + "/accstatz?unused=1")
+		if err == nil {
+			err = json.NewDecoder(r.Body).Decode(&all)
+			_ = r.Body.Close()
+		}
+		if err != nil {
+			b.t.Fatal(err)
+		}
+		for _, a := range all.Accounts {
+			if a.Name == "AUTH" {
+				n, size = n+a.Received.Messages, size+a.Received.Bytes
+			}
+		}
+	}
+	return n, size
 }
 
 // refusals measures what strangers with a proper signature can make us spend.
