@@ -1,6 +1,9 @@
 package bus
 
-import "strings"
+import (
+	"strings"
+	"sync"
+)
 
 // This file is the subject grammar of account BUS. No other file spells a
 // subject of a user. Every argument has been parsed by its type, so that no
@@ -48,18 +51,58 @@ func FeedTip(room RoomID) string { return "feed." + string(room) + "._tip" }
 // room, store or feed. Where it stands in the subject says who sent it; whether
 // that is proven depends on who could have published there.
 func ParseRoomSubject(s string) (room RoomID, user UserKey, topic string, err error) {
-	token := strings.SplitN(s, ".", 4)
+	return new(Senders).ParseRoomSubject(s)
+}
+
+// Senders remembers the keys of who sends: to see that one is a sound point of
+// the curve, spelled in the one way, costs more than all else that is done with
+// a message, and a key that is sound once is for ever. The zero value knows
+// nobody. It is safe for concurrent use.
+type Senders struct {
+	mu    sync.Mutex
+	known map[string]UserKey
+}
+
+// manySenders bounds what a Senders remembers: whoever makes up keys, as far as
+// the servers let them, costs time and no memory.
+const manySenders = 4096
+
+// Key reads the token of a subject that names the sender, in the one spelling
+// that it may have, so that none is taken for another.
+func (s *Senders) Key(token string) (UserKey, error) {
+	s.mu.Lock()
+	k, ok := s.known[token]
+	s.mu.Unlock()
+	if ok {
+		return k, nil
+	}
+	k, err := ParseUserKey(token)
+	if err != nil {
+		return UserKey{}, err
+	}
+	if k.NKey() != token {
+		return UserKey{}, E(Invalid, "%s is not how a sender is spelled", quoted(token))
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.known == nil || len(s.known) == manySenders {
+		s.known = map[string]UserKey{}
+	}
+	s.known[strings.Clone(token)] = k // the token is part of a longer string
+	return k, nil
+}
+
+// ParseRoomSubject is the function of that name, for who hears many messages.
+func (s *Senders) ParseRoomSubject(subject string) (room RoomID, user UserKey, topic string, err error) {
+	token := strings.SplitN(subject, ".", 4)
 	if len(token) != 4 {
-		return "", UserKey{}, "", E(Invalid, "%s is no subject of a room", quoted(s))
+		return "", UserKey{}, "", E(Invalid, "%s is no subject of a room", quoted(subject))
 	}
 	if room, err = ParseRoomID(token[1]); err != nil {
 		return "", UserKey{}, "", err
 	}
-	if user, err = ParseUserKey(token[2]); err != nil {
+	if user, err = s.Key(token[2]); err != nil {
 		return "", UserKey{}, "", err
-	}
-	if user.NKey() != token[2] { // one spelling, so that none is taken for another
-		return "", UserKey{}, "", E(Invalid, "%s is no subject of a room", quoted(s))
 	}
 	topic, err = ParseTopic(token[3])
 	return room, user, topic, err

@@ -93,6 +93,7 @@ type Hearing struct {
 	handler func(Message)
 	sub     *Subscription
 	ears    *listener // of an encrypted room
+	senders bus.Senders
 
 	stop context.CancelFunc
 	done chan struct{}
@@ -192,7 +193,7 @@ func (h *Hearing) take(m *nats.Msg) {
 		}
 		return
 	}
-	_, sender, topic, err := bus.ParseRoomSubject(m.Subject)
+	_, sender, topic, err := h.senders.ParseRoomSubject(m.Subject)
 	seq, err2 := strconv.ParseUint(m.Header.Get(bus.SequenceHeader), 10, 64)
 	at, err3 := time.Parse(time.RFC3339Nano, m.Header.Get(bus.TimeHeader))
 	if err != nil || err2 != nil || err3 != nil || seq == 0 {

@@ -16,6 +16,7 @@ type Subscription struct {
 	room    bus.RoomID
 	handler func(Message)
 	raw     func(*nats.Msg) // instead of handler; may be nil
+	senders bus.Senders
 
 	next *nats.Subscription // on the line that is taking over; guarded by Conn.mu
 	sub  *nats.Subscription // on the live line; guarded by Conn.mu
@@ -153,7 +154,7 @@ func (s *Subscription) hand(m *nats.Msg) {
 	if ended || len(token) != 4 {
 		return
 	}
-	sender, err := bus.ParseUserKey(token[2])
+	sender, err := s.senders.Key(token[2])
 	if err != nil {
 		return
 	}
