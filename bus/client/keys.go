@@ -8,9 +8,11 @@ import (
 	"io"
 	"log/slog"
 	"maps"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"unibus.internal/bus"
@@ -840,13 +842,34 @@ func (r *roomKeys) nextEpoch(ctx context.Context, before *seal.Roster, o RekeyOp
 	if err != nil {
 		return none(err)
 	}
-	envelopes := make([][]byte, len(signed.Members))
-	for i, m := range signed.Members {
-		if envelopes[i], err = seal.SealEnvelope(k.cfg.Identity, signed, key, m.User, public[m.User]); err != nil {
-			return none(err)
-		}
+	envelopes, err := sealAll(k.cfg.Identity, signed, key, public)
+	if err != nil {
+		return none(err)
 	}
 	return signed, key, envelopes, nil
+}
+
+// sealAll gives the key to all members, on all processors: it is most of what an
+// owner does for a large room, and nothing else goes on meanwhile.
+func sealAll(id seal.Identity, r *seal.Roster, key seal.Key, public map[bus.UserKey]bus.EncryptionKey) ([][]byte, error) {
+	envelopes, errs := make([][]byte, len(r.Members)), make([]error, len(r.Members))
+	var next atomic.Int64
+	var workers sync.WaitGroup
+	for range min(runtime.GOMAXPROCS(0), len(r.Members)) {
+		workers.Go(func() {
+			for i := int(next.Add(1)) - 1; i < len(errs); i = int(next.Add(1)) - 1 {
+				m := r.Members[i]
+				envelopes[i], errs[i] = seal.SealEnvelope(id, r, key, m.User, public[m.User])
+			}
+		})
+	}
+	workers.Wait()
+	for _, err := range errs {
+		if err != nil {
+			return nil, err
+		}
+	}
+	return envelopes, nil
 }
 
 // whoIsIn decides who gets the next key. The servers' list takes away, and never

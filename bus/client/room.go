@@ -48,6 +48,7 @@ type Room struct {
 	mu      sync.Mutex
 	sent    uint64              // of the session
 	undone  map[uint64]struct{} // sent, and neither stored nor given up
+	base    uint64              // see undecided; never falls
 	decided uint64              // undecided, as of the last that ended: places in window were given back up to it
 	asked   map[string]chan Message
 	hearing *Hearing // of the answers; nil: nobody has asked yet
@@ -80,7 +81,7 @@ func (c *Conn) Room(ctx context.Context, id bus.RoomID) (*Room, error) {
 	}
 	r = &Room{
 		conn: c, id: id, durable: info.Durable, encrypted: encrypted, session: nuid.Next(), window: make(chan struct{}, roomWindow),
-		undone: map[uint64]struct{}{}, decided: 1, asked: map[string]chan Message{},
+		undone: map[uint64]struct{}{}, base: 1, decided: 1, asked: map[string]chan Message{},
 	}
 	if encrypted {
 		if c.cfg.Keys == nil {
@@ -213,11 +214,12 @@ func (r *Room) Send(ctx context.Context, o Outgoing) *Sending {
 // undecided is the lowest number that is neither stored nor given up, or the next
 // one; it needs mu.
 func (r *Room) undecided() uint64 {
-	base := r.sent + 1
-	for k := range r.undone {
-		base = min(base, k)
+	for ; r.base <= r.sent; r.base++ {
+		if _, under := r.undone[r.base]; under {
+			break
+		}
 	}
-	return base
+	return r.base
 }
 
 // message is what goes over the wire.

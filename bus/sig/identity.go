@@ -15,7 +15,7 @@ import (
 )
 
 // Signer signs with an identity. *Identity implements it; so may something
-// that keeps the private key elsewhere.
+// that keeps the private key elsewhere. It is safe for concurrent use.
 type Signer interface {
 	Key() bus.UserKey
 	Sign(message []byte) ([]byte, error)
