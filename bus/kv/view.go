@@ -400,6 +400,20 @@ func (v *View) Rooms() []RoomRevision {
 	return out
 }
 
+// DurableRooms returns the records of all durable rooms, active or not, in no
+// order: among thousands of others they may be few, and whoever records them
+// looks often.
+func (v *View) DurableRooms() (out []bus.Room) {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	for _, e := range v.tables[roomsIdx].rooms {
+		if e.room.Durable {
+			out = append(out, e.room)
+		}
+	}
+	return out
+}
+
 // MembershipRevision is a membership with the revision of its record.
 type MembershipRevision struct {
 	bus.Membership

@@ -240,11 +240,14 @@ func run(ctx context.Context, args []string, getenv func(string) string, stderr 
 		default:
 		}
 	}
-	view, err := kv.NewView(kv.ViewConfig{
+	var view *kv.View
+	view, err = kv.NewView(kv.ViewConfig{
 		Conn: nc, Service: "membership", Node: c.node, Lease: c.lease, Log: log, EncryptionKeys: true,
 		OnLease: func(bool) { poke() },
 		OnChange: func(ch kv.Change, done func(kv.Enforced)) {
-			if ch.Bucket == kv.Rooms {
+			// Which rooms are durable is fixed. If each room that is made had all
+			// looked at, many of them would keep the View too busy to acknowledge.
+			if r, _, ok := view.Room(ch.Room); ch.Bucket == kv.Rooms && (!ok || r.Durable) {
 				poke()
 			}
 			done(kv.Enforced{})

@@ -164,8 +164,8 @@ func (a *api) stream(ctx context.Context, c *caller, id bus.RoomID, o kv.RoomOpt
 	}
 	if c.access.User.Role != bus.Admin {
 		made := 0
-		for _, r := range a.view.Rooms() {
-			if r.Durable && r.Status == bus.RoomActive && r.Creator == c.key {
+		for _, r := range a.view.DurableRooms() {
+			if r.Status == bus.RoomActive && r.Creator == c.key {
 				made++
 			}
 		}

@@ -66,7 +66,7 @@ func (r *Recorder) Messages(ctx context.Context, room bus.RoomID, after uint64, 
 		default:
 			return nil, noHistory(room, errors.New(m.Header.Get("Status")+" "+m.Header.Get("Description")))
 		}
-		s, err := storedMessage(room, m)
+		s, err := r.storedMessage(room, m)
 		if err != nil {
 			return nil, bus.E(bus.Internal, "a message of room %s cannot be read: %w", room, err)
 		}
@@ -92,8 +92,8 @@ func noHistory(room bus.RoomID, err error) error {
 
 // storedMessage reads what the server returns: the message with its own headers,
 // and the server's. The recorder has let nobody write those.
-func storedMessage(room bus.RoomID, m *nats.Msg) (bus.StoredMessage, error) {
-	in, sender, topic, err := bus.ParseRoomSubject(m.Header.Get(nats.JSSubject))
+func (r *Recorder) storedMessage(room bus.RoomID, m *nats.Msg) (bus.StoredMessage, error) {
+	in, sender, topic, err := r.senders.ParseRoomSubject(m.Header.Get(nats.JSSubject))
 	if err != nil {
 		return bus.StoredMessage{}, err
 	}

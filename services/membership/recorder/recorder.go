@@ -36,8 +36,10 @@ const (
 	// What may be under way to its quorum at once: of one room, and of all.
 	roomMessages, roomBytes = 512, 8 << 20
 	allMessages, allBytes   = 4096, 64 << 20
-	// What may wait in one room's queue for the recorder.
+	// What may wait in one room's queue for the recorder, and for how long: with
+	// storeTimeout it is less than a sender waits for the answer.
 	queuedMessages, queuedBytes = 4096, 8 << 20
+	queuePatience               = 700 * time.Millisecond
 
 	// What a message may say beside its payload.
 	maxHeaders, maxHeaderBytes = 16, 4 << 10
@@ -52,7 +54,7 @@ type Config struct {
 	Metrics prometheus.Registerer
 	Rate    rate.Limit // messages a second that this node records of one room
 	Burst   int
-	Poked   <-chan struct{} // when rooms or the lease may have changed
+	Poked   <-chan struct{} // when durable rooms or the lease may have changed
 }
 
 // Recorder records durable rooms while Run runs. Ensure and Purge work without
@@ -65,6 +67,7 @@ type Recorder struct {
 	log     *slog.Logger
 	metrics *metrics
 	inbox   string // "." and a number behind it is where the stream answers
+	senders bus.Senders
 
 	mu       sync.Mutex
 	rooms    map[bus.RoomID]*room
@@ -73,6 +76,7 @@ type Recorder struct {
 	next     uint64
 	messages int // under way, of all rooms
 	bytes    int
+	freed    chan struct{} // closed when something is under way no more; nil: nobody waits for that
 }
 
 // room is a durable room that this node records.
@@ -83,8 +87,9 @@ type room struct {
 	limit    *rate.Limiter
 	messages int // under way
 	bytes    int
-	last     uint64 // stored, as far as this node knows
-	tips     int    // told of it so far
+	full     time.Time // since when messages had to wait; zero: the queue was empty since. It belongs to take
+	last     uint64    // stored, as far as this node knows
+	tips     int       // told of it so far
 	tip      time.Time
 }
 
@@ -161,12 +166,12 @@ func (r *Recorder) keep(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, keepEvery) // rooms that have no leader keep the others waiting no longer
 	defer cancel()
 	want := map[bus.RoomID]bus.Room{}
-	for _, rev := range r.view.Rooms() {
-		if rev.Durable && rev.Status == bus.RoomActive {
-			want[rev.ID] = rev.Room
+	for _, rec := range r.view.DurableRooms() {
+		if rec.Status == bus.RoomActive {
+			want[rec.ID] = rec
 		}
-		if rev.Durable && rev.Purged {
-			r.purgeOnce(ctx, rev.ID)
+		if rec.Purged {
+			r.purgeOnce(ctx, rec.ID)
 		}
 	}
 	r.mu.Lock()
@@ -276,6 +281,10 @@ func (r *Recorder) take(n *room, m *nats.Msg) {
 		r.answer(m.Reply, who, bus.Recorded{Code: bus.Invalid, Detail: err.Error()})
 		return
 	}
+	r.awaitPlace(n, len(m.Data), func() bool {
+		behind, _, err := m.Sub.Pending()
+		return err == nil && behind > 0
+	})
 	guard.Pause("record")
 	hold := r.view.Hold(who)
 	if refusal := r.may(n.id, who); refusal != nil {
@@ -321,7 +330,7 @@ func (r *Recorder) take(n *room, m *nats.Msg) {
 // understand reads who sent what. The server has let only this sender publish
 // there.
 func (r *Recorder) understand(id bus.RoomID, m *nats.Msg) (who bus.UserKey, topic string, err error) {
-	in, who, topic, err := bus.ParseRoomSubject(m.Subject)
+	in, who, topic, err := r.senders.ParseRoomSubject(m.Subject)
 	if err == nil && in != id {
 		err = bus.E(bus.Invalid, "this is another room")
 	}
@@ -396,15 +405,56 @@ func printable(s string) bool {
 	return !strings.ContainsFunc(s, func(c rune) bool { return c < ' ' || c > '~' })
 }
 
+// awaitPlace lets a message wait while as much is under way as may be: refused
+// at once, it would come again after others of its sender, and who listens would
+// hold those back. What is behind it waits too, so the patience is that of the
+// queue, which has not been empty since the first one had to wait. When it is
+// over, all in the queue are refused: a recorder that lags further behind would
+// only record what its senders have given up and sent to another. More says
+// whether the queue holds more.
+func (r *Recorder) awaitPlace(n *room, size int, more func() bool) {
+	for {
+		r.mu.Lock()
+		fits := r.fits(n, size)
+		if !fits && r.freed == nil {
+			r.freed = make(chan struct{})
+		}
+		freed := r.freed
+		r.mu.Unlock()
+		if fits {
+			break
+		}
+		now := r.cfg.Now()
+		if n.full.IsZero() {
+			n.full = now
+		}
+		left := queuePatience - now.Sub(n.full)
+		if left <= 0 {
+			break
+		}
+		late := time.NewTimer(left)
+		select {
+		case <-freed:
+		case <-late.C:
+		}
+		late.Stop()
+	}
+	if !more() {
+		n.full = time.Time{}
+	}
+}
+
+// fits needs mu.
+func (r *Recorder) fits(n *room, size int) bool {
+	return n.messages < roomMessages && n.bytes+size <= roomBytes && r.messages < allMessages && r.bytes+size <= allBytes
+}
+
 // enter counts a message as under way, if there is room for it.
 func (r *Recorder) enter(p *pending) (token string, ok bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	n := p.room
-	switch {
-	case n.messages >= roomMessages, n.bytes+p.size > roomBytes, r.messages >= allMessages, r.bytes+p.size > allBytes:
-		return "", false
-	case !n.limit.AllowN(p.begun, 1):
+	if !r.fits(n, p.size) || !n.limit.AllowN(p.begun, 1) {
 		return "", false
 	}
 	n.messages, n.bytes, r.messages, r.bytes = n.messages+1, n.bytes+p.size, r.messages+1, r.bytes+p.size
@@ -423,6 +473,10 @@ func (r *Recorder) exit(token string) *pending {
 		return nil
 	}
 	delete(r.pending, token)
+	if r.freed != nil {
+		close(r.freed)
+		r.freed = nil
+	}
 	n := p.room
 	n.messages, n.bytes, r.messages, r.bytes = n.messages-1, n.bytes-p.size, r.messages-1, r.bytes-p.size
 	return p

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -176,4 +177,53 @@ func TestQuota(t *testing.T) {
 	if a.messages+a.bytes+b.messages+b.bytes != 0 || len(full(a, 1)) != roomMessages {
 		t.Errorf("left: %+v %+v", a, b)
 	}
+}
+
+// A message waits while its room is full, is let through by the first that is
+// stored, and is refused when the queue has waited long enough; so is what is
+// behind it, at once, until the queue is empty.
+func TestAwaitPlace(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &Recorder{cfg: Config{Now: time.Now}, pending: map[string]*pending{}}
+		n := &room{limit: rate.NewLimiter(rate.Inf, 1)}
+		enter := func() (token string, ok bool) { return r.enter(&pending{room: n, size: 1, begun: time.Now()}) }
+		var in []string
+		for range roomMessages {
+			token, ok := enter()
+			if !ok {
+				t.Fatal("the room is full too early")
+			}
+			in = append(in, token)
+		}
+		arrives := func(more bool) (waited time.Duration, ok bool) {
+			begun := time.Now()
+			r.awaitPlace(n, 1, func() bool { return more })
+			_, ok = enter()
+			return time.Since(begun), ok
+		}
+		after := func(d time.Duration, token string) {
+			go func() {
+				<-time.After(d)
+				r.exit(token)
+			}()
+		}
+		after(300*time.Millisecond, in[0])
+		if waited, ok := arrives(true); waited != 300*time.Millisecond || !ok {
+			t.Errorf("the first is let in %v after %s", ok, waited)
+		}
+		if waited, ok := arrives(true); waited != queuePatience-300*time.Millisecond || ok {
+			t.Errorf("the second is let in %v after %s", ok, waited)
+		}
+		if waited, ok := arrives(false); waited != 0 || ok {
+			t.Errorf("the last of a queue that waited too long is let in %v after %s", ok, waited)
+		}
+		after(time.Millisecond, in[1])
+		if waited, ok := arrives(false); waited != time.Millisecond || !ok {
+			t.Errorf("the first of another queue is let in %v after %s", ok, waited)
+		}
+		r.exit(in[2])
+		if waited, ok := arrives(false); waited != 0 || !ok {
+			t.Errorf("with a place free, one is let in %v after %s", ok, waited)
+		}
+	})
 }
