@@ -291,8 +291,9 @@ func (h *Hearing) run(ctx context.Context, a *assembly) {
 	want := h.hear.From.kind != fromNow // ask at once: there may be messages from before
 	for {
 		moved, connected := h.room.conn.movement()
-		if want && again == nil && !guard.Off(guard.FeedRepair) {
-			complete, err := a.fetch(&doubted)
+		a.drain()
+		if (want || a.missing()) && again == nil && !guard.Off(guard.FeedRepair) {
+			complete, err := a.fetch(want, &doubted)
 			switch {
 			case ctx.Err() != nil:
 				return
@@ -320,10 +321,8 @@ func (h *Hearing) run(ctx context.Context, a *assembly) {
 			return
 		case m := <-h.feed:
 			a.feed(m)
-			want = want || a.missing()
 		case seq := <-h.tips:
 			a.known = max(a.known, seq)
-			want = want || a.missing()
 		case <-moved:
 			_, now := h.room.conn.movement()
 			want = want || now && !connected // what came meanwhile may be all there is
@@ -339,6 +338,20 @@ func (h *Hearing) run(ctx context.Context, a *assembly) {
 
 // missing says whether there is something that has not come.
 func (a *assembly) missing() bool { return a.known >= a.next || len(a.ahead) > 0 }
+
+// drain takes all that has come by now: neither a tip that has overtaken the
+// messages it is about, nor what came while others were fetched, is a reason to
+// ask. Who listens to a busy room would else never hear it by the feed again.
+func (a *assembly) drain() {
+	for range len(a.h.feed) { // nobody else takes from it
+		a.feed(<-a.h.feed)
+	}
+	select {
+	case seq := <-a.h.tips:
+		a.known = max(a.known, seq)
+	default:
+	}
+}
 
 // feed takes what the feed has brought.
 func (a *assembly) feed(m Message) {
@@ -385,9 +398,10 @@ func (a *assembly) expire() <-chan time.Time {
 }
 
 // fetch asks the API for what has not come, until nothing more is known to be
-// missing. Doubted is a sequence that a node has left out once: another may have
-// it, so it counts as lost the second time only.
-func (a *assembly) fetch(doubted *uint64) (complete bool, err error) {
+// missing, or, if all is asked for, until there is nothing more. Doubted is a
+// sequence that a node has left out once: another may have it, so it counts as
+// lost the second time only.
+func (a *assembly) fetch(all bool, doubted *uint64) (complete bool, err error) {
 	for {
 		ctx, cancel := context.WithTimeout(a.ctx, fetchTimeout)
 		page, _, err := a.h.room.conn.cfg.API.Messages(ctx, a.h.room.id, MessageQuery{After: a.next - 1, Limit: fetchPage})
@@ -423,7 +437,11 @@ func (a *assembly) fetch(doubted *uint64) (complete bool, err error) {
 			}
 		}
 		a.catchUp()
+		a.drain()
 		a.expire()
+		if !all && !a.missing() {
+			return true, nil
+		}
 	}
 }
 

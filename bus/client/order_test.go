@@ -89,3 +89,24 @@ func TestOrderHostile(t *testing.T) {
 		t.Errorf("%d handed on, %d dropped as known, of %d", handed, stats.Duplicates, sent)
 	}
 }
+
+// What the feed has brought is not asked for: neither when a tip has overtaken
+// it, nor when it came while something else was fetched.
+func TestDrain(t *testing.T) {
+	var heard []uint64
+	h := &Hearing{feed: make(chan Message, aheadMessages), tips: make(chan uint64, 1)}
+	a := &assembly{h: h, next: 5, known: 4, ahead: map[uint64]Message{}}
+	a.order = newOrder(func(m Message) { heard = append(heard, m.Seq) }, &a.stats)
+	for seq := uint64(5); seq <= 9; seq++ {
+		h.feed <- Message{Seq: seq}
+	}
+	h.tip(8)
+	if a.drain(); a.missing() || len(heard) != 5 {
+		t.Errorf("of what has come, %v is heard; something is missing: %v", heard, a.missing())
+	}
+	h.feed <- Message{Seq: 12}
+	h.tip(14)
+	if a.drain(); !a.missing() || a.next != 10 || a.known != 14 || len(a.ahead) != 1 {
+		t.Errorf("behind a gap: %+v", a)
+	}
+}
