@@ -34,8 +34,8 @@ const (
 	keepEvery = 10 * time.Second
 
 	// What may be under way to its quorum at once: of one room, and of all.
-	roomMessages, roomBytes = 512, 8 << 20
-	allMessages, allBytes   = 4096, 64 << 20
+	roomMessages, roomBytes = 2048, 8 << 20
+	allMessages, allBytes   = 8192, 64 << 20
 	// What may wait in one room's queue for the recorder, and for how long: with
 	// storeTimeout it is less than a sender waits for the answer.
 	queuedMessages, queuedBytes = 4096, 8 << 20
