@@ -105,15 +105,15 @@ func (b *roomBench) open() {
 		}
 		b.services, b.streams = append(b.services, nc), append(b.streams, js)
 	}
-	keep := bus.Retention{MaxBytes: 1 << 30}
+	keep := bus.Retention{MaxBytes: 128 << 20}
 	b.room("plain", kv.RoomOptions{})
 	b.room("secret", kv.RoomOptions{Encrypted: true})
 	b.kept = "kept"
 	b.room(b.kept, kv.RoomOptions{Durable: true, Retention: keep})
-	for n := 1; b.vault == ""; n++ {
+	for n := 1; b.vault == ""; n++ { // not for ever: each takes space
 		id := bus.RoomID("vault-" + strconv.Itoa(n))
 		b.w.addRoom(id, b.ear.person, kv.RoomOptions{Durable: true, Encrypted: true, Retention: keep})
-		if b.leader(id) != b.leader(b.kept) { // a way to another node would be part of what is compared
+		if n < 8 && b.leader(id) != b.leader(b.kept) { // a way to another node would be part of what is compared
 			continue
 		}
 		b.vault = id
@@ -200,6 +200,19 @@ type passage struct {
 	hear func(func(data []byte)) (stop func()) // all that is sent from now on
 
 	alone, crowd []load
+	spent        []cpuOf // of each crowd
+}
+
+// cpuOf is CPU time per message, in us.
+type cpuOf struct{ servers, recorders, clients float64 }
+
+func (b *roomBench) cpu() cpuOf {
+	return cpuOf{b.w.cpu(cluster.NATS), b.w.cpu(cluster.Membership), b.w.ownCPU()}
+}
+
+func (c cpuOf) since(before cpuOf, messages int) cpuOf {
+	per := func(now, then float64) float64 { return (now - then) * 1000 / float64(messages) }
+	return cpuOf{per(c.servers, before.servers), per(c.recorders, before.recorders), per(c.clients, before.clients)}
 }
 
 func (b *roomBench) ways() []*passage {
@@ -292,6 +305,17 @@ func (b *roomBench) received() {
 			ratio = fmt.Sprintf(", %.2fx", medianRatio(w.crowd, ways[w.base].crowd, func(l load) float64 { return l.rate }))
 		}
 		b.row(name, "", "%.0f%s", rateOf(w.crowd), ratio)
+	}
+	for _, w := range ways {
+		of := func(part func(cpuOf) float64) float64 {
+			all := make([]float64, len(w.spent))
+			for i, c := range w.spent {
+				all[i] = part(c)
+			}
+			return median(all)
+		}
+		b.row("  CPU of each: servers / recorders / clients, "+w.name, "", "%.0f / %.0f / %.0f us", of(func(c cpuOf) float64 { return c.servers }),
+			of(func(c cpuOf) float64 { return c.recorders }), of(func(c cpuOf) float64 { return c.clients }))
 	}
 }
 
@@ -389,7 +413,7 @@ func (b *roomBench) together(w *passage) load {
 		}
 	})
 	defer stop()
-	began := time.Now()
+	began, before := time.Now(), b.cpu()
 	errs := make([]error, b.clients)
 	var publishers sync.WaitGroup
 	for c := range b.clients {
@@ -409,6 +433,7 @@ func (b *roomBench) together(w *passage) load {
 		b.t.Fatalf("%s: %d of %d heard", w.name, heard.Load(), each*b.clients)
 	}
 	took := time.Since(began)
+	w.spent = append(w.spent, b.cpu().since(before, each*b.clients))
 	for c := range b.clients {
 		if err := w.sent(c); err != nil {
 			b.t.Fatalf("%s: %v", w.name, err)
