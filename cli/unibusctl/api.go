@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"context"
-	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -18,7 +17,6 @@ import (
 
 	"unibus.internal/bus"
 	"unibus.internal/bus/client"
-	"unibus.internal/bus/kv"
 	"unibus.internal/bus/sig"
 )
 
@@ -78,15 +76,16 @@ func (a *app) apiClient(urls, ca string, identity sig.Signer) (*client.Client, e
 	if ca == "" {
 		return nil, &usageError{msg: "the CA is not known: set --ca FILE or UNIBUS_CA", hint: "unibusctl env"}
 	}
-	trust, err := kv.Trust(ca)
-	if err != nil {
+	if _, err := bus.Roots(ca); err != nil {
 		return nil, err
 	}
-	return a.clientOf(urls, trust, identity, "set --api-url URLS or UNIBUS_API_URL; unibusctl env shows what is used")
+	// By file: a command that runs for long outlives a change of the authority.
+	return a.clientOf(client.Config{URLs: strings.Split(urls, ","), CAFile: ca, Identity: identity}, "set --api-url URLS or UNIBUS_API_URL; unibusctl env shows what is used")
 }
 
-func (a *app) clientOf(urls string, trust *tls.Config, identity sig.Signer, hint string) (*client.Client, error) {
-	c, err := client.New(client.Config{URLs: strings.Split(urls, ","), TLS: trust, Identity: identity, Now: a.now, Rand: a.rand})
+func (a *app) clientOf(cfg client.Config, hint string) (*client.Client, error) {
+	cfg.Now, cfg.Rand = a.now, a.rand
+	c, err := client.New(cfg)
 	if err != nil {
 		return nil, &usageError{msg: err.Error(), hint: hint}
 	}

@@ -360,7 +360,8 @@ func (k *checker) speak(ctx context.Context) {
 // settle waits until every ear has heard what was sent, or for as long as it is
 // worth.
 func (k *checker) settle(ctx context.Context) {
-	bound, cancel := context.WithTimeout(ctx, checkSettle)
+	// Also behind an interruption, which ends the sending and not what was sent.
+	bound, cancel := context.WithTimeout(context.WithoutCancel(ctx), checkSettle)
 	defer cancel()
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()

@@ -131,7 +131,7 @@ func (a *app) joining(c *cli.Context) (*joining, error) {
 	if a.defaulted("nats-url") {
 		a.set.natsURL = natsOf(j.urls)
 	}
-	if _, err := a.clientOf(j.urls, nil, anybody{}, a.command+" --help"); err != nil {
+	if _, err := a.clientOf(client.Config{URLs: strings.Split(j.urls, ","), Identity: anybody{}}, a.command+" --help"); err != nil {
 		return nil, err
 	}
 	return j, a.joinPin(c, j)
