@@ -116,8 +116,13 @@ func newAPISite(t testing.TB, clients int, off map[string]string) *apiSite {
 	return s
 }
 
+// ask asks again, as clients do, what a service could not do at that moment:
+// nothing of it was done. The time of all tries counts.
 func (s *apiSite) ask(node, client int, status int, q apiRequest) error {
 	r, err := s.api(node, s.owners[client]).send(context.Background(), q)
+	for try := 1; try < 5 && err == nil && r.status == http.StatusServiceUnavailable; try++ {
+		r, err = s.api(node, s.owners[client]).send(context.Background(), q)
+	}
 	if err == nil && r.status != status {
 		err = fmt.Errorf("%s %s: %s", q.method, q.path, r)
 	}
