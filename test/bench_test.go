@@ -205,7 +205,8 @@ func (b *bench) connectsByRooms() {
 		rooms  int
 		users  []*person
 		storms []storm
-		// Of each round: the callout's own time, and the size of its sealed answer.
+		// Of each round: the callout's own time, in ms, and the size of its sealed
+		// answer, in KiB.
 		took, answer []float64
 	}
 	groups, first := []*group{{rooms: 1}, {rooms: roomsPerUser}, {rooms: 100}, {rooms: benchRooms}}, 0
@@ -240,32 +241,29 @@ func (b *bench) connectsByRooms() {
 		return median(ratios)
 	}
 	for _, g := range groups {
-		b.row(fmt.Sprintf("connect with %d rooms: p50 / p99, to 1 room", g.rooms), "", "%.1f / %.1f ms, %.1fx / %.1fx", medianBy(g.storms, p50), medianBy(g.storms, p99), ratio(g, p50), ratio(g, p99))
+		b.row(fmt.Sprintf("rooms of a user: %d. Connect p50 / p99, beside 1 room", g.rooms), "", "%.1f / %.1f ms, %.1fx / %.1fx", medianBy(g.storms, p50), medianBy(g.storms, p99), ratio(g, p50), ratio(g, p99))
 	}
 	for _, g := range groups {
-		b.row(fmt.Sprintf("  %d rooms: time of the callout; its answer", g.rooms), "", "%.2f ms; %.1f KiB", median(g.took), median(g.answer))
+		b.row(fmt.Sprintf("  %d: time of the callout; its answer, with the JWT", g.rooms), "", "%.2f ms; %.1f KiB", median(g.took), median(g.answer))
 	}
 	for _, g := range groups {
-		b.row(fmt.Sprintf("  %d rooms: CPU of callouts / servers", g.rooms), "", "%.2f / %.2f ms",
+		b.row(fmt.Sprintf("  %d: CPU of callouts / servers", g.rooms), "", "%.2f / %.2f ms",
 			medianBy(g.storms, func(s storm) float64 { return s.callouts }), medianBy(g.storms, func(s storm) float64 { return s.servers }))
 	}
 }
 
-// answered is how many answers the servers have had from callouts so far, and of
-// how many bytes.
+// answered is how many answers the callouts have given so far, and of how many
+// bytes: all that they say in their own account.
 func (b *bench) answered() (n, size float64) {
 	b.t.Helper()
 	for _, i := range b.Nodes() {
 		var all struct {
-			Accounts []struct {
-				Name     string `json:"acc"`
-				Received struct {
-					Messages float64 `json:"msgs"`
-					Bytes    float64 `json:"bytes"`
-				} `json:"received"`
-			} `json:"account_statz"`
+			Connections []struct {
+				Messages float64 `json:"in_msgs"`
+				Bytes    float64 `json:"in_bytes"`
+			} `json:"connections"`
 		}
-		r, err := http.Get(b.MonitorURL(i) + "/accstatz?unused=1")
+		r, err := http.Get(b.MonitorURL(i) + "/connz?acc=AUTH")
 		if err == nil {
 			err = json.NewDecoder(r.Body).Decode(&all)
 			_ = r.Body.Close()
@@ -273,10 +271,8 @@ func (b *bench) answered() (n, size float64) {
 		if err != nil {
 			b.t.Fatal(err)
 		}
-		for _, a := range all.Accounts {
-			if a.Name == "AUTH" {
-				n, size = n+a.Received.Messages, size+a.Received.Bytes
-			}
+		for _, c := range all.Connections {
+			n, size = n+c.Messages, size+c.Bytes
 		}
 	}
 	return n, size
