@@ -2,28 +2,39 @@
 //
 // # On the bus
 //
-// Dial connects a user to the bus. The connection keeps itself up, follows what
-// its user may do, and publishes and subscribes in rooms:
+// Dial connects a user to the bus. The connection keeps itself up, and follows
+// what its user may do. A Room is a room as one of its members uses it:
+//
+//	cfg, err := client.Environment(os.Getenv) // or a DialConfig of your own
+//	conn, err := client.Dial(ctx, cfg)
+//	defer conn.Close()
+//	room, err := conn.Room(ctx, "ops")
+//	hearing, err := room.Subscribe(ctx, client.Hear{}, func(m client.Message) { fmt.Println(m.Sender, m.Topic, string(m.Data)) })
+//	_, err = room.Publish(ctx, "disk", []byte("full"))
+//
+// That is a program (README.md has it whole). Environment reads UNIBUS_IDENTITY,
+// UNIBUS_CA, UNIBUS_NATS_URL and UNIBUS_API_URL; a DialConfig says the same in Go:
 //
 //	id, err := sig.ParseIdentity(seed) // one line SU..., as unibusctl identity new wrote it
-//	conn, err := client.Dial(ctx, client.DialConfig{
+//	cfg := client.DialConfig{
 //		URLs:     []string{"tls://n1.example.org:4250", "tls://n2.example.org:4250"},
 //		CAFile:   "client-ca.crt", // read again at each connect
 //		Identity: id,
-//	})
-//	defer conn.Close()
-//	_, err = conn.Subscribe("ops", func(m client.Message) { fmt.Println(m.Sender, m.Topic, string(m.Data)) })
-//	err = conn.Publish(ctx, "ops", "disk", []byte("full"))
+//		API:      api, // a Client, see below; Conn.Room needs it
+//	}
 //
-// Messages of rooms are delivered at most once, to who is connected: see Dial
-// for what that means when a server dies.
+// Without an API, Conn.Publish and Conn.Subscribe still do for rooms that store
+// nothing and are not encrypted.
+//
+// A room stores nothing unless it was made durable: its messages reach who is
+// connected, at most once. See Dial for what that means when a server dies.
 //
 // # Durable rooms
 //
-// A durable room keeps what is sent. With DialConfig.API set, a Room publishes,
-// and returns when a quorum of nodes has stored the message; and subscribes, from
-// now, a sequence, a time or the start on, without gaps or duplicates and with
-// the messages of each sender in their order, whichever node dies meanwhile:
+// A durable room keeps what is sent. Its Room publishes, and returns when a
+// quorum of nodes has stored the message; and subscribes, from now, a sequence, a
+// time or the start on, without gaps or duplicates and with the messages of each
+// sender in their order, whichever node dies meanwhile:
 //
 //	room, err := conn.Room(ctx, "ops") // made by: unibusctl room create ops --durable
 //	seq, err := room.Publish(ctx, "deploy", []byte("begins"))
