@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -14,6 +15,7 @@ import (
 
 	"unibus.internal/bus"
 	"unibus.internal/bus/sig"
+	"unibus.internal/test/cluster"
 )
 
 // apiClient asks one node for one person, byte for byte as a test wants it. It
@@ -184,10 +186,36 @@ func (c *apiClient) do(t testing.TB, method, path string, body any) *apiResponse
 	return resp
 }
 
+// answered asks until the node can say anything. A machine that stands still for
+// longer than a lease leaves it without one for a moment, and 503 is then what it
+// has to say. Only what has changed nothing is asked again.
+func (c *apiClient) answered(t testing.TB, method, path string, body any) (resp *apiResponse) {
+	t.Helper()
+	bound, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	_ = cluster.Poll(bound, func(context.Context) error {
+		if resp = c.do(t, method, path, body); resp.undecided(method) {
+			return errors.New("undecided")
+		}
+		return nil
+	})
+	return resp
+}
+
+// undecided says that a node could not tell, and did nothing.
+func (r *apiResponse) undecided(method string) bool {
+	return r.code() == bus.Unavailable && (method == http.MethodGet ||
+		bytes.Contains(r.body, []byte(withoutLease)) || bytes.Contains(r.body, []byte("the nonce was not recorded")))
+}
+
 // want asks and demands a status.
 func (c *apiClient) want(t testing.TB, status int, method, path string, body any) *apiResponse {
 	t.Helper()
-	resp := c.do(t, method, path, body)
+	ask := c.answered
+	if status == http.StatusServiceUnavailable {
+		ask = c.do
+	}
+	resp := ask(t, method, path, body)
 	if resp.status != status {
 		t.Fatalf("%s %s: %s, want %d", method, path, resp, status)
 	}

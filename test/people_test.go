@@ -186,25 +186,50 @@ func (w *world) patiently(what string, change func(context.Context) (kv.Result, 
 func (w *world) addUser(name string) *person {
 	w.t.Helper()
 	p := newPerson(w.t, name)
-	if _, err := w.store.AddUser(w.t.Context(), p.key, bus.Handle(name), bus.Member); err != nil {
-		w.t.Fatalf("add %s: %v", name, err)
-	}
+	w.given("add "+name, func(ctx context.Context) error {
+		_, err := w.store.AddUser(ctx, p.key, bus.Handle(name), bus.Member)
+		return err
+	})
 	return p
 }
 
 func (w *world) addRoom(id bus.RoomID, owner *person, o kv.RoomOptions) {
 	w.t.Helper()
-	if _, err := w.store.CreateRoom(w.t.Context(), id, owner.key, o); err != nil {
-		w.t.Fatalf("create room %s: %v", id, err)
-	}
+	w.given(fmt.Sprintf("create room %s", id), func(ctx context.Context) error {
+		_, err := w.store.CreateRoom(ctx, id, owner.key, o)
+		return err
+	})
 }
 
 func (w *world) join(id bus.RoomID, p *person, role bus.RoomRole) {
 	w.t.Helper()
-	if _, err := w.store.SetMember(w.t.Context(), id, p.key, role); err != nil {
-		w.t.Fatalf("add %s to %s: %v", p.name, id, err)
+	w.given(fmt.Sprintf("add %s to %s", p.name, id), func(ctx context.Context) error {
+		_, err := w.store.SetMember(ctx, id, p.key, role)
+		return err
+	})
+}
+
+// given makes a change that a test begins with. A machine that stands still for
+// longer than a lease leaves the test's own View without one for a moment: then
+// nothing is written, and the change is made when there is one again.
+func (w *world) given(what string, change func(context.Context) error) {
+	w.t.Helper()
+	bound, cancel := context.WithTimeout(w.t.Context(), 30*time.Second)
+	defer cancel()
+	var err error
+	_ = cluster.Poll(bound, func(context.Context) error {
+		if err = change(w.t.Context()); bus.CodeOf(err) == bus.Unavailable && strings.Contains(err.Error(), withoutLease) {
+			return err
+		}
+		return nil
+	})
+	if err != nil {
+		w.t.Fatalf("%s: %v", what, err)
 	}
 }
+
+// withoutLease is what a View says that may not decide.
+const withoutLease = "no barrier within the lease"
 
 // verdict is what came of one attempt to connect.
 type verdict int
@@ -249,17 +274,30 @@ func (w *world) attempt(i int, p *person) (verdict, error) {
 	return silent, err
 }
 
-// connectRaw returns an admitted raw connection.
-func (w *world) connectRaw(i int, p *person) *wire.Conn {
+// connectRaw returns an admitted raw connection. Silence is no refusal: then it
+// knocks again.
+func (w *world) connectRaw(i int, p *person) (c *wire.Conn) {
 	w.t.Helper()
-	c, err := w.knock(i, 5*time.Second)
+	bound, cancel := context.WithTimeout(w.t.Context(), 30*time.Second)
+	defer cancel()
+	var err error
+	_ = cluster.Poll(bound, func(context.Context) error {
+		if c, err = w.knock(i, 5*time.Second); err != nil {
+			return err
+		}
+		began := time.Now()
+		if err = c.Connect(wire.Proof(p.kp, c.Info.Nonce)); err != nil {
+			c.Close()
+		}
+		if errors.Is(err, wire.ErrDenied) && time.Since(began) < denialWithin {
+			return nil
+		}
+		return err
+	})
 	if err != nil {
-		w.t.Fatal(err)
-	}
-	w.t.Cleanup(c.Close)
-	if err := c.Connect(wire.Proof(p.kp, c.Info.Nonce)); err != nil {
 		w.t.Fatalf("%s is not admitted to n%d: %v", p.name, i, err)
 	}
+	w.t.Cleanup(c.Close)
 	return c
 }
 
