@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -36,8 +37,13 @@ func TestStart(t *testing.T) {
 // election of up to 9 s by a second, and a machine that is busy with two more
 // clusters takes that second.
 func TestQuorum(t *testing.T) {
-	c := cluster.Start(t, cluster.Options{Membership: true})
-	inOrder(t, c, []part{{"one node killed", oneNodeKilled}, {"two servers killed", twoServersKilled}})
+	w := newWorld(t, cluster.Options{})
+	alice := w.addUser("alice")
+	w.waitAdmits(alice, w.Nodes()...)
+	inOrder(t, w.Cluster, []part{
+		{"one node killed", func(t *testing.T, c *cluster.Cluster) { oneNodeKilled(t, c, w, alice) }},
+		{"two servers killed", twoServersKilled},
+	})
 }
 
 type part struct {
@@ -74,8 +80,8 @@ func firstStartWaits(t *testing.T, c *cluster.Cluster) {
 
 // oneNodeKilled kills the node that leads both the cluster and the bucket of
 // users; at full numbers also that of the one, and that of the other. The other
-// two nodes answer 200 all along.
-func oneNodeKilled(t *testing.T, c *cluster.Cluster) {
+// two nodes answer 200 and admit p all along.
+func oneNodeKilled(t *testing.T, c *cluster.Cluster, w *world, p *person) {
 	ops := c.Ops()
 	type victim struct {
 		what   string
@@ -93,7 +99,9 @@ func oneNodeKilled(t *testing.T, c *cluster.Cluster) {
 		})
 		t.Logf("kill n%d, the %s", lost, v.what)
 		stop := keepServing(t, c, others(c, lost)...)
+		w.waitAdmits(p, others(c, lost)...)
 		c.Kill(lost)
+		admitting := keepAdmitting(t, w, p, others(c, lost)...)
 		cluster.WaitFor(t, writesGoOn, "a write without the "+v.what, func() error { return write(ops) })
 		for _, leader := range []func(context.Context, *cluster.Cluster) (int, error){metaLeader, usersLeader} {
 			cluster.WaitFor(t, startFinished, "another "+v.what, func() error {
@@ -107,6 +115,7 @@ func oneNodeKilled(t *testing.T, c *cluster.Cluster) {
 		// The lease of before the kill is used up by now: what serves, serves
 		// by barriers that the two wrote alone.
 		cluster.Hold(t, noQuorumSeen, "writes with one node down", func() error { return write(ops) })
+		t.Logf("%d admissions since n%d was killed", admitting(), lost)
 		c.StartNode(lost)
 		c.WaitHealthy(backUnaided)
 		stop()
@@ -214,6 +223,34 @@ func keepServing(t *testing.T, c *cluster.Cluster, nodes ...int) (stop func()) {
 		})
 	}
 	return func() { cancel(); asking.Wait() }
+}
+
+// keepAdmitting has somebody connect to the nodes again and again, and fails the
+// test for every answer but admission until stop is called, which counts them.
+func keepAdmitting(t *testing.T, w *world, p *person, nodes ...int) (stop func() int64) {
+	ctx, cancel := context.WithCancel(t.Context())
+	began := time.Now()
+	var count atomic.Int64
+	var asking sync.WaitGroup
+	for _, i := range nodes {
+		asking.Go(func() {
+			tick := time.NewTicker(10 * time.Millisecond)
+			defer tick.Stop()
+			for {
+				if v, err := w.attempt(i, p); v != admitted {
+					t.Errorf("n%d: %s, %s after the node was killed: %v", i, v, time.Since(began).Round(time.Millisecond), err)
+					return
+				}
+				count.Add(1)
+				select {
+				case <-ctx.Done():
+					return
+				case <-tick.C:
+				}
+			}
+		})
+	}
+	return func() int64 { cancel(); asking.Wait(); return count.Load() }
 }
 
 func others(c *cluster.Cluster, but int) (nodes []int) {
