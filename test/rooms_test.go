@@ -42,6 +42,7 @@ func TestRooms(t *testing.T) {
 		{"programs", r.programs},
 		{"commands", r.commands},
 		{"removed", r.removed},
+		{"drained", r.drained},
 		{"archive", r.archived},
 	} {
 		t.Run(s.name, s.test)
@@ -598,6 +599,42 @@ func (r *rooms) removed(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// A node that is stopped for an update has what came before it stored, and says
+// so: senders that repeat nothing miss no answer in a rolling restart. The
+// recorders are still the slow ones of removed.
+func (r *rooms) drained(t *testing.T) {
+	const sent = 12 // three recorders work at them for more than a second
+	alice := r.plain(t, 1, r.alice)
+	inbox := alice.NewInbox()
+	answers, err := alice.SubscribeSync(inbox + ".*")
+	r.must2(t, err)
+	for _, i := range r.Nodes() {
+		for n := range sent {
+			r.must2(t, alice.PublishRequest(bus.RoomSubject("log", r.alice.key, "drain"), fmt.Sprintf("%s.%d", inbox, n), []byte("x")))
+		}
+		r.must2(t, alice.Flush())
+		cluster.WaitFor(t, 10*time.Second, "one of them to be answered", func() error {
+			if n, _, err := answers.Pending(); err != nil || n == 0 {
+				return fmt.Errorf("%d are: %w", n, err)
+			}
+			return nil
+		})
+		r.Term(i, cluster.Membership)
+		for range sent {
+			m, err := answers.NextMsg(10 * time.Second)
+			if err != nil {
+				t.Fatalf("n%d was stopped, and a message is not answered for: %v", i, err)
+			}
+			var said bus.Recorded
+			if err := json.Unmarshal(m.Data, &said); err != nil || said.Seq == 0 {
+				t.Errorf("n%d was stopped: %s", i, m.Data)
+			}
+		}
+		r.StartNode(i, cluster.Membership)
+		r.WaitHealthy(30*time.Second, r.Nodes()...)
+	}
 }
 
 // An archived room takes nothing, and keeps what it has for who was in it, or

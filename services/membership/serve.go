@@ -65,7 +65,7 @@ func serve(ctx context.Context, c config, log *slog.Logger, p parts) int {
 	go func() { failed <- admin.Serve(p.admin) }()
 	notify(daemon.SdNotifyReady)
 
-	var background, records, decides sync.WaitGroup
+	var background, records, recorded, decides sync.WaitGroup
 	background.Go(func() { p.certs.Watch(work, certificatesEvery, hup) })
 	background.Go(func() { p.health.Run(work) })
 	background.Go(func() { tellSystemd(work, p.health) })
@@ -76,7 +76,7 @@ func serve(ctx context.Context, c config, log *slog.Logger, p parts) int {
 	background.Go(func() { reconcile(work, log, p.view, p.store) })
 	recording, stopRecording := context.WithCancel(lease)
 	defer stopRecording()
-	decides.Go(func() { p.recorder.Run(recording) })
+	recorded.Go(func() { p.recorder.Run(recording) })
 	background.Go(func() { keepBlobs(work, log, p) })
 	records.Go(func() { p.audit.Run(record) })
 	log.Info("serving", "node", c.node, "api", p.ln.Addr(), "admin", p.admin.Addr(), "version", version)
@@ -108,6 +108,7 @@ func serve(ctx context.Context, c config, log *slog.Logger, p parts) int {
 	background.Wait()
 	stopRecord()
 	records.Wait()
+	recorded.Wait()
 	stopLease()
 	decides.Wait()
 	log.Info("stopped")

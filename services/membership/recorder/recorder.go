@@ -29,6 +29,8 @@ const (
 	// waits for the recorder waits longer.
 	storeTimeout  = 2 * time.Second
 	streamTimeout = 5 * time.Second
+	// leaveTimeout is how long a recorder that stops looks at what had come.
+	leaveTimeout = 5 * time.Second
 	// keepEvery is how often rooms are compared with what is recorded, if nothing
 	// happens.
 	keepEvery = 10 * time.Second
@@ -71,6 +73,7 @@ type Recorder struct {
 
 	mu       sync.Mutex
 	rooms    map[bus.RoomID]*room
+	leaving  map[*room]bool      // no longer heard, and what had come is still looked at
 	pending  map[string]*pending // by the number
 	purged   map[bus.RoomID]bool
 	next     uint64
@@ -110,12 +113,13 @@ func New(cfg Config) (*Recorder, error) {
 	}
 	r := &Recorder{
 		cfg: cfg, view: cfg.View, nc: cfg.Conn, js: js, log: cfg.Log, metrics: newMetrics(cfg.Metrics),
-		inbox: cfg.Conn.NewInbox(), rooms: map[bus.RoomID]*room{}, pending: map[string]*pending{}, purged: map[bus.RoomID]bool{},
+		inbox: cfg.Conn.NewInbox(), rooms: map[bus.RoomID]*room{}, leaving: map[*room]bool{}, pending: map[string]*pending{}, purged: map[bus.RoomID]bool{},
 	}
 	return r, nil
 }
 
-// Run records until ctx ends, and lets what is under way finish.
+// Run records until ctx ends, and then has what has come by then stored and
+// answered for: nobody else gets it. That needs the lease.
 func (r *Recorder) Run(ctx context.Context) {
 	answers, err := r.nc.Subscribe(r.inbox+".*", r.stored)
 	if err != nil {
@@ -143,13 +147,19 @@ func (r *Recorder) Run(ctx context.Context) {
 	}
 }
 
-// settle waits for what is under way, which times out by itself.
+// settle waits for what has come and is not looked at yet, as far as there is a
+// connection to answer by, and for what is under way, which times out by itself.
 func (r *Recorder) settle() {
+	begun := r.cfg.Now()
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
 	for range tick.C {
+		waiting := r.nc.IsConnected() && r.cfg.Now().Sub(begun) < leaveTimeout
 		r.mu.Lock()
 		left := len(r.pending)
+		if waiting {
+			left += len(r.leaving)
+		}
 		r.mu.Unlock()
 		if left == 0 {
 			return
@@ -237,6 +247,11 @@ func (r *Recorder) record(ctx context.Context, id bus.RoomID, keep bus.Retention
 		return
 	}
 	n.sub = sub
+	sub.SetClosedHandler(func(string) { // behind the last message of it
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		delete(r.leaving, n)
+	})
 	r.mu.Lock()
 	r.rooms[id] = n
 	r.mu.Unlock()
@@ -269,7 +284,9 @@ func (r *Recorder) drop(n *room) {
 	delete(r.rooms, n.id)
 	if err := n.sub.Drain(); err != nil {
 		_ = n.sub.Unsubscribe() // no connection: nothing comes by it either
+		return
 	}
+	r.leaving[n] = true
 }
 
 // take takes a message of a room. It is called for one at a time, in the order
