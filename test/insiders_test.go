@@ -393,7 +393,9 @@ func (n *insiders) secondBootstrap(t *testing.T) {
 	for i := range 3 {
 		p := newPerson(t, "usurper")
 		wg.Go(func() {
-			r := n.CLI("--direct", "bootstrap", "--handle", fmt.Sprintf("usurper-%d", i), "--sign-pub", p.key.NKey())
+			r := decided(func() cluster.Result {
+				return n.CLI("--direct", "bootstrap", "--handle", fmt.Sprintf("usurper-%d", i), "--sign-pub", p.key.NKey())
+			})
 			if r.Code != 1 || !strings.Contains(r.Stderr, "already bootstrapped") {
 				t.Errorf("exit %d: %s%s", r.Code, r.Stdout, r.Stderr)
 			}
