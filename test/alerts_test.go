@@ -50,6 +50,7 @@ func alertFaults() []alertFault {
 		{"an audit that cannot be written", nil, []string{"UnibusAuditIncomplete"}, auditRefused},
 		{"events that do not arrive", nil, []string{"UnibusSweepFindings"}, eventsLost},
 		{"a client that does not read", nil, []string{"UnibusSlowConsumers"}, slowConsumer},
+		{"a recorder without a right", []string{"UnibusRoomsUnrecorded"}, nil, recorderRefused},
 		{"a store that is too small", []string{"UnibusStorageNearLimit"}, nil, smallStore},
 		{"a node is no longer scraped", []string{"UnibusTargetMissing"}, nil, targetGone},
 	}
@@ -305,6 +306,29 @@ func auditRefused(t *testing.T, m *monitored, _ *prometheus) func() {
 		}
 		return nil
 	})
+	return back
+}
+
+// recorderRefused takes away membership's right to ask for the streams of rooms,
+// on one server. A recorder that hears its rooms goes on; one that starts hears
+// none, and does not stop trying.
+func recorderRefused(t *testing.T, m *monitored, _ *prometheus) func() {
+	if resp := m.api(1, m.admin).do(t, "POST", "/v1/rooms", dict{"room": "kept", "durable": true}); resp.status != http.StatusCreated && resp.status != http.StatusConflict {
+		t.Fatal(resp)
+	}
+	back := m.accounts(t, []int{3}, `"$JS.API.STREAM.INFO.*", `)
+	m.Term(3, cluster.Membership)
+	const failures = "unibus_recorder_stream_errors_total"
+	others := m.metricOf(cluster.Membership, failures)
+	m.StartNode(3, cluster.Membership)
+	for _, times := range []float64{1, 3} {
+		cluster.WaitFor(t, time.Minute, fmt.Sprintf("the recorder of n3 to have failed %v times", times), func() error {
+			if n := m.metricOf(cluster.Membership, failures) - others; n < times {
+				return fmt.Errorf("it has %v times", n)
+			}
+			return nil
+		})
+	}
 	return back
 }
 

@@ -5,6 +5,7 @@ import "github.com/prometheus/client_golang/prometheus"
 // metrics counts. No label carries a room or a user.
 type metrics struct {
 	rooms      prometheus.Gauge
+	unrecorded prometheus.Gauge
 	recorded   prometheus.Counter
 	duplicates prometheus.Counter
 	refused    *prometheus.CounterVec
@@ -16,6 +17,9 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 	m := &metrics{
 		rooms: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "unibus_recorder_rooms", Help: "Durable rooms that there are, as this node knows them.",
+		}),
+		unrecorded: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "unibus_recorder_unrecorded_rooms", Help: "Durable rooms among them that this node could not get the stream of; it tries again every 10 s, and other nodes record them meanwhile.",
 		}),
 		recorded: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "unibus_recorder_messages_total", Help: "Messages that this node had stored by a quorum.",
@@ -37,6 +41,6 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 	for _, why := range []string{"malformed", "forbidden", "unavailable", "quota", "not_sent", "no_leader", "not_stored", "unknown"} {
 		m.refused.WithLabelValues(why) // there at zero, so that the first one is a rise
 	}
-	reg.MustRegister(m.rooms, m.recorded, m.duplicates, m.refused, m.streams, m.took)
+	reg.MustRegister(m.rooms, m.unrecorded, m.recorded, m.duplicates, m.refused, m.streams, m.took)
 	return m
 }

@@ -201,7 +201,16 @@ func (r *Recorder) keep(ctx context.Context) {
 		})
 	}
 	all.Wait()
+	r.mu.Lock()
+	unrecorded := len(want)
+	for id, rec := range want {
+		if known := r.rooms[id]; known != nil && known.keep == rec.Retention {
+			unrecorded--
+		}
+	}
+	r.mu.Unlock()
 	r.metrics.rooms.Set(float64(len(want)))
+	r.metrics.unrecorded.Set(float64(unrecorded))
 }
 
 // purgeOnce finishes what who archived the room may have left.
