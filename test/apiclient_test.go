@@ -204,7 +204,7 @@ func (c *apiClient) answered(t testing.TB, method, path string, body any) (resp 
 
 // undecided says that a node could not tell, and did nothing.
 func (r *apiResponse) undecided(method string) bool {
-	return r.code() == bus.Unavailable && (method == http.MethodGet ||
+	return r.status == http.StatusServiceUnavailable && r.code() == bus.Unavailable && (method == http.MethodGet ||
 		bytes.Contains(r.body, []byte(withoutLease)) || bytes.Contains(r.body, []byte("the nonce was not recorded")))
 }
 
