@@ -225,7 +225,15 @@ func contentSources(ctx context.Context, snap *kv.Snapshot, view *kv.View, l *bu
 	for _, room := range snap.Kept() {
 		if want.messages && room.Durable {
 			messages = append(messages, backupSource{name: roomPart + string(room.ID), stream: bus.RoomStream(room.ID), created: room.CreatedAt, each: func(emit func(kv.StoredRecord) error) (kv.Extent, error) {
-				extent, err := kv.ReadRoom(ctx, l.nc, room.ID, emit)
+				last := uint64(0)
+				extent, err := kv.ReadRoom(ctx, l.nc, room.ID, func(m kv.StoredRecord) error {
+					// What could not be restored is found out now.
+					if err := kv.CheckRoomMessage(room.ID, m, last); err != nil {
+						return err
+					}
+					last = m.Revision
+					return emit(m)
+				})
 				if now, _, _ := view.Room(room.ID); bus.CodeOf(err) == bus.NotFound && now.Purged {
 					return kv.Extent{}, nil
 				}

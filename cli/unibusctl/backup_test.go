@@ -82,7 +82,7 @@ func vectorSources() []backupSource {
 }
 
 // What a backup says of rooms is held together: messages of other rooms, out of
-// order or with headers that no recorder stores, and files that are not whole,
+// order or with something behind a header, and files that are not whole,
 // are not taken.
 func TestBackupContents(t *testing.T) {
 	var good bytes.Buffer
@@ -95,8 +95,8 @@ func TestBackupContents(t *testing.T) {
 	for name, edit := range map[string][2]string{
 		"another room":      {"store.ops.UD", "store.old.UD"},
 		"no stored subject": {"store.ops.UD", "feed.ops.UD"},
-		"no user":           {`store.ops.UDL`, `store.ops.UDA`},
-		"a server's header": {`"Nats-Msg-Id"`, `"Nats-Rollup"`},
+		"a pattern":         {`.chat"`, `.>"`},
+		"an empty token":    {`.chat"`, `..chat"`},
 		"a break": {`["a1"]`, `["a1
 Nats-Rollup: all"]`},
 		"out of order":    {`"rev":43`, `"rev":41`},
