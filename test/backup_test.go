@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/json"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -595,10 +597,19 @@ func (b *backups) wipe(t *testing.T, i int) {
 // wiped: all three stores are lost.
 func (b *backups) wiped(t *testing.T) {
 	b.file = filepath.Join(b.dir, "two.backup")
-	b.run(t, 0, "wrote", "--direct", "backup", "create", "--out", b.file, "--recipients-file", b.key+".pub")
+	create := []string{"--direct", "backup", "create", "--out", b.file, "--recipients-file", b.key + ".pub"}
+	if full {
+		b.large(t, create...)
+	} else {
+		b.run(t, 0, "wrote", create...)
+	}
 	old := b.everything(t)
 	said, at := map[bus.RoomID][]string{}, map[bus.RoomID]kv.Extent{}
-	for _, room := range []bus.RoomID{"ops", "short"} {
+	rooms := []bus.RoomID{"ops", "short"}
+	if full {
+		rooms = append(rooms, "large")
+	}
+	for _, room := range rooms {
 		said[room], at[room] = b.said(t, room)
 	}
 	for _, i := range b.Nodes() {
@@ -628,6 +639,9 @@ func (b *backups) wiped(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.fill(t, "ops", b.half...)
+	if full {
+		b.killed(t, append(restore, "--yes")...)
+	}
 	started := time.Now()
 	r := b.run(t, 0, "read back as they must be", append(restore, "--yes")...)
 	t.Logf("restored in %s: %s", time.Since(started).Round(time.Millisecond), r.Stdout)
@@ -660,6 +674,95 @@ func (b *backups) wiped(t *testing.T) {
 		b.waitAdmits(p, b.Nodes()...)
 	}
 	b.run(t, 1, "not empty", append(restore, "--yes")...)
+}
+
+// large: a room of half a gigabyte goes into a backup without being in memory.
+func (b *backups) large(t *testing.T, create ...string) {
+	const messages, size = 8 << 10, 64 << 10
+	b.addRoom("large", b.alice, kv.RoomOptions{Durable: true, Retention: bus.Retention{MaxBytes: 1 << 30}})
+	cluster.WaitFor(t, 30*time.Second, "the stream of the room", func() error {
+		_, err := kv.ReadRoom(t.Context(), b.bus, "large", func(kv.StoredRecord) error { return nil })
+		return err
+	})
+	js, err := jetstream.New(b.bus, jetstream.WithPublishAsyncMaxPending(64))
+	if err != nil {
+		t.Fatal(err)
+	}
+	subject := bus.StoreSubject("large", b.alice.key, "t")
+	for n := range messages {
+		if _, err := js.PublishAsync(subject, binary.BigEndian.AppendUint64(make([]byte, size), uint64(n)), jetstream.WithStallWait(20*time.Second)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	select {
+	case <-js.PublishAsyncComplete():
+	case <-time.After(2 * time.Minute):
+		t.Fatal("the messages are not stored")
+	}
+	started := time.Now()
+	var most int64
+	b.watched(t, create, func(p *os.Process, _ string) { most = max(most, resident(p)) })
+	t.Logf("a backup of %d MiB took %s; unibusctl had %d MiB", messages*size>>20, time.Since(started).Round(time.Millisecond), most>>10)
+	if most == 0 || most > 192<<10 {
+		t.Errorf("unibusctl had %d KiB", most)
+	}
+}
+
+// killed: a restore that is killed in the middle of a room is finished by the
+// same line, and until then nobody is let in.
+func (b *backups) killed(t *testing.T, restore ...string) {
+	r := b.watched(t, restore, func(p *os.Process, said string) {
+		if strings.Contains(said, "room large") {
+			_ = p.Kill()
+		}
+	})
+	if r.Code == 0 || !strings.Contains(r.Stderr, "room large") {
+		t.Errorf("it was not killed in time: exit %d: %s%s", r.Code, r.Stdout, r.Stderr)
+	}
+	b.answers(refused, b.admin)
+}
+
+// watched runs unibusctl and looks at it while it runs.
+func (b *backups) watched(t *testing.T, args []string, look func(p *os.Process, said string)) cluster.Result {
+	t.Helper()
+	said, err := os.Create(filepath.Join(t.TempDir(), "said"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer said.Close() //nolint:errcheck // its name is read
+	cmd := exec.CommandContext(t.Context(), filepath.Join(b.Bin, "unibusctl"), args...)
+	for k, v := range b.CLIEnv(filepath.Join(b.Dir, "admin.nk")) {
+		cmd.Env = append(cmd.Env, k+"="+v)
+	}
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, said
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		text, _ := os.ReadFile(said.Name()) // it is ours
+		select {
+		case <-ended:
+			return cluster.Result{Stdout: out.String(), Stderr: string(text), Code: cmd.ProcessState.ExitCode()}
+		case <-tick.C:
+			look(cmd.Process, string(text))
+		}
+	}
+}
+
+// resident is how much memory a process had at most, in KiB; 0 if it has ended.
+func resident(p *os.Process) (kib int64) {
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Pid))
+	if err != nil {
+		return 0
+	}
+	_, peak, _ := strings.Cut(string(status), "VmHWM:")
+	_, _ = fmt.Sscan(peak, &kib)
+	return kib
 }
 
 // fill makes the stream of a room that nobody knows yet.
