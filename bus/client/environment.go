@@ -2,6 +2,7 @@ package client
 
 import (
 	"os"
+	"runtime"
 	"strings"
 
 	"unibus.internal/bus"
@@ -12,7 +13,7 @@ import (
 // names, by the variables that unibusctl knows and that make up writes to
 // .run/env. Give it os.Getenv.
 //
-//	UNIBUS_IDENTITY  file with the user's seed, one line SU...
+//	UNIBUS_IDENTITY  file with the user's seed, one line SU..., that only its owner may read
 //	UNIBUS_CA        file with the CA of the servers, read again at each connect
 //	UNIBUS_NATS_URL  tls://host:port of each server, separated by commas
 //	UNIBUS_API_URL   https://host:port of each node, separated by commas
@@ -25,9 +26,18 @@ func Environment(getenv func(string) string) (DialConfig, error) {
 			return DialConfig{}, bus.E(bus.Invalid, "%s is not set", name).WithHint("unibusctl env")
 		}
 	}
-	seed, err := os.ReadFile(getenv("UNIBUS_IDENTITY"))
+	file := getenv("UNIBUS_IDENTITY")
+	info, err := os.Stat(file)
 	if err != nil {
 		return DialConfig{}, bus.E(bus.Invalid, "UNIBUS_IDENTITY: %w", err).WithHint("unibusctl identity new --out FILE")
+	}
+	// A seed that others could have read has to be replaced, not just hidden again.
+	if mode := info.Mode().Perm(); mode&0o077 != 0 && runtime.GOOS != "windows" {
+		return DialConfig{}, bus.E(bus.Invalid, "UNIBUS_IDENTITY: %s is a secret that others can read (mode %04o)", file, mode).WithHint("chmod 600 %s", file)
+	}
+	seed, err := os.ReadFile(file)
+	if err != nil {
+		return DialConfig{}, bus.E(bus.Invalid, "UNIBUS_IDENTITY: %w", err).WithHint("unibusctl identity show FILE")
 	}
 	id, err := sig.ParseIdentity(seed)
 	if err != nil {

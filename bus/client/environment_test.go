@@ -61,4 +61,10 @@ func TestEnvironment(t *testing.T) {
 			}
 		}
 	}
+	if err := os.Chmod(good["UNIBUS_IDENTITY"], 0o640); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Environment(func(name string) string { return good[name] }); bus.CodeOf(err) != bus.Invalid || !strings.Contains(err.Error(), "others can read") {
+		t.Errorf("a seed that others can read: %v", err)
+	}
 }
