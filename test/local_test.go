@@ -1,6 +1,7 @@
 package test
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -10,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -156,6 +158,7 @@ func TestLocalCluster(t *testing.T) {
 	sameProcesses(t, before, a.processes())
 	t.Run("description", func(t *testing.T) { describesItself(t, a) })
 	t.Run("environment", func(t *testing.T) { environmentWorks(t, a) })
+	t.Run("the first program", func(t *testing.T) { firstProgramRuns(t, a) })
 
 	// Nothing restarts a killed process, or a killed node, but the next up.
 	if s := a.must(1, "kill", "n9"); !strings.Contains(s.Stderr, "n9") {
@@ -249,6 +252,72 @@ func environmentWorks(t *testing.T, r *runner) {
 	}
 	if err != nil || len(list.Users) != 1 || list.Users[0].Handle != "admin" || list.Users[0].Role != "admin" || list.Users[0].Status != "active" {
 		t.Errorf("users after up: %s (%v)", out, err)
+	}
+}
+
+// The program of the README is built by the lines of the README, in a module of
+// its own, and says in that cluster what the README says.
+func firstProgramRuns(t *testing.T, r *runner) {
+	readme, err := os.ReadFile("../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, there := strings.Cut(string(readme), "\n```go\n")
+	program, rest, closed := strings.Cut(rest, "```\n")
+	_, rest, lines := strings.Cut(rest, "```\n")
+	shell, rest, end := strings.Cut(rest, "$ go run .\n")
+	want, _, done := strings.Cut(rest, "\n")
+	if !there || !closed || !lines || !end || !done {
+		t.Fatal("README.md holds no program, or not how to run it")
+	}
+	dir := t.TempDir()
+	bus, err := filepath.Abs("../bus")
+	if err == nil {
+		err = os.Symlink(bus, filepath.Join(dir, "bus"))
+	}
+	if err == nil {
+		err = os.Mkdir(filepath.Join(dir, "hello"), 0o700)
+	}
+	if err == nil {
+		err = os.WriteFile(filepath.Join(dir, "hello", "main.go"), []byte(program), 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	var script []string
+	for line := range strings.Lines(shell) {
+		script = append(script, strings.TrimPrefix(line, "$ "))
+	}
+	sh := func(script string) *exec.Cmd {
+		cmd := exec.CommandContext(t.Context(), "sh", "-euc", script, "sh", filepath.Join(r.dir, "env"), filepath.Join(r.bin, "unibusctl"))
+		cmd.Dir, cmd.Env = dir, slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, "UNIBUS_") })
+		return cmd
+	}
+	if out, err := sh(`. "$1"; "$2" room create ops`).CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	if out, err := sh(strings.Join(script, "") + "go build -o hello .").CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	cmd := sh(`. "$1"; exec hello/hello`)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	stdout, err := cmd.StdoutPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	late := time.AfterFunc(30*time.Second, func() { _ = cmd.Process.Kill() })
+	defer late.Stop()
+	said, err := bufio.NewReader(stdout).ReadString('\n')
+	if err != nil || strings.TrimSpace(said) != want {
+		t.Errorf("it says %q (%v), want %q\n%s", said, err, want, &stderr)
+	}
+	_ = cmd.Process.Signal(os.Interrupt)
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("interrupted, it ends with %v\n%s", err, &stderr)
 	}
 }
 
