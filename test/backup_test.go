@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -746,7 +747,10 @@ func (b *backups) watched(t *testing.T, args []string, look func(p *os.Process, 
 	for {
 		text, _ := os.ReadFile(said.Name()) // it is ours
 		select {
-		case <-ended:
+		case err := <-ended:
+			if exit := new(exec.ExitError); err != nil && !errors.As(err, &exit) {
+				t.Fatal(err)
+			}
 			return cluster.Result{Stdout: out.String(), Stderr: string(text), Code: cmd.ProcessState.ExitCode()}
 		case <-tick.C:
 			look(cmd.Process, string(text))
