@@ -234,7 +234,7 @@ func keepAdmitting(t *testing.T, w *world, p *person, nodes ...int) (stop func()
 	var asking sync.WaitGroup
 	for _, i := range nodes {
 		asking.Go(func() {
-			tick := time.NewTicker(10 * time.Millisecond)
+			tick := time.NewTicker(25 * time.Millisecond)
 			defer tick.Stop()
 			for {
 				if v, err := w.attempt(i, p); v != admitted {

@@ -222,6 +222,7 @@ func TestCurrencyWithoutQuorum(t *testing.T) {
 		if v, _ := w.attempt(1, p); v == refused {
 			t.Fatal("a member was refused, not met with silence, without a quorum")
 		}
+		hold(t.Context(), 10*time.Millisecond) // the other tests want the processors too
 	}
 	for _, v := range w.crowd(1, p, 50) {
 		if v != silent {

@@ -123,7 +123,10 @@ func (i impostor) Key() bus.UserKey { return i.as }
 // brings a token that is not good, is told one thing, in the same time whether
 // what they name exists or not.
 func (th *threats) probing(t *testing.T) {
-	const rounds = 200
+	rounds := 100
+	if full {
+		rounds = 200
+	}
 	revoked, suspended, expired := th.registers(t, "p-revoked", bus.Member), th.registers(t, "p-suspended", bus.Member), th.registers(t, "p-expired", bus.Member)
 	th.does(t, "POST", "/v1/users/p-revoked/revoke", nil)
 	th.does(t, "POST", "/v1/users/p-suspended/suspend", nil)
