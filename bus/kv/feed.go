@@ -52,11 +52,11 @@ func (v *View) Run(ctx context.Context) {
 func (v *View) follow(ctx context.Context, i int) {
 	pause := rebuildPause
 	var lost time.Time // when the feed that worked ended
-	for ctx.Err() == nil {
+	for next := hurried; ctx.Err() == nil; {
 		hurry := v.cfg.Now().Sub(lost) < v.cfg.Lease
-		patience := apiTimeout
-		if hurry {
-			patience = hurried
+		patience := hurried
+		if !hurry { // at a start there may be no leader yet, either: longer only where that was not enough
+			patience, next = next, min(2*next, apiTimeout)
 		}
 		opened, err := v.feed(ctx, i, patience)
 		if ctx.Err() != nil {
@@ -64,7 +64,7 @@ func (v *View) follow(ctx context.Context, i int) {
 		}
 		v.mu.Lock()
 		if v.live[i] { // it worked until now
-			pause, lost = rebuildPause, v.cfg.Now()
+			pause, lost, next = rebuildPause, v.cfg.Now(), hurried
 		}
 		v.live[i] = false
 		if errors.Is(err, errUntrusted) {
