@@ -31,16 +31,18 @@ func TestOrder(t *testing.T) {
 		duplicates int
 		late       int
 	}{
-		"in order":              {[]step{{1, 1, 0}, {2, 2, 0}, {3, 3, 0}}, []uint64{1, 2, 3}, 0, 0},
-		"swapped":               {[]step{{2, 1, 0}, {1, 1, 0}, {3, 1, 0}}, []uint64{1, 2, 3}, 0, 0},
-		"the last first":        {[]step{{4, 1, 0}, {3, 1, 0}, {2, 1, 0}, {1, 1, 0}}, []uint64{1, 2, 3, 4}, 0, 0},
-		"repeated":              {[]step{{1, 1, 0}, {1, 1, 0}, {2, 1, 0}, {1, 1, 0}}, []uint64{1, 2}, 2, 0},
-		"repeated while held":   {[]step{{2, 1, 0}, {2, 1, 0}, {1, 1, 0}}, []uint64{1, 2}, 1, 0},
-		"given up":              {[]step{{3, 1, 0}, {4, 3, 0}}, []uint64{3, 4}, 0, 0},
-		"given up and late":     {[]step{{1, 1, 0}, {3, 3, 0}, {2, 2, 0}}, []uint64{1, 3, 2}, 0, 1},
-		"waited for in vain":    {[]step{{1, 1, 0}, {3, 2, 0}, {4, 2, holdTime}, {5, 2, 0}}, []uint64{1, 3, 4, 5}, 0, 0},
-		"from the middle":       {[]step{{8, 7, 0}, {7, 7, 0}, {9, 9, 0}}, []uint64{7, 8, 9}, 0, 0},
-		"a gap beyond counting": {[]step{{1, 1, 0}, {1 << 60, 1 << 60, 0}}, []uint64{1, 1 << 60}, 0, 0},
+		"in order":               {[]step{{1, 1, 0}, {2, 2, 0}, {3, 3, 0}}, []uint64{1, 2, 3}, 0, 0},
+		"swapped":                {[]step{{2, 1, 0}, {1, 1, 0}, {3, 1, 0}}, []uint64{1, 2, 3}, 0, 0},
+		"the last first":         {[]step{{4, 1, 0}, {3, 1, 0}, {2, 1, 0}, {1, 1, 0}}, []uint64{1, 2, 3, 4}, 0, 0},
+		"repeated":               {[]step{{1, 1, 0}, {1, 1, 0}, {2, 1, 0}, {1, 1, 0}}, []uint64{1, 2}, 2, 0},
+		"repeated while held":    {[]step{{2, 1, 0}, {2, 1, 0}, {1, 1, 0}}, []uint64{1, 2}, 1, 0},
+		"given up":               {[]step{{3, 1, 0}, {4, 3, 0}}, []uint64{3, 4}, 0, 0},
+		"given up and late":      {[]step{{1, 1, 0}, {3, 3, 0}, {2, 2, 0}}, []uint64{1, 3, 2}, 0, 1},
+		"waited for in vain":     {[]step{{1, 1, 0}, {3, 2, 0}, {4, 2, holdTime}, {5, 2, 0}}, []uint64{1, 3, 4, 5}, 0, 0},
+		"one hole after another": {[]step{{2, 1, 0}, {4, 1, holdTime - 1}, {1, 1, 0}, {3, 1, 2}}, []uint64{1, 2, 3, 4}, 0, 0},
+		"each for itself":        {[]step{{3, 1, 0}, {5, 1, holdTime / 2}, {4, 1, holdTime / 2}}, []uint64{3, 4, 5}, 0, 0},
+		"from the middle":        {[]step{{8, 7, 0}, {7, 7, 0}, {9, 9, 0}}, []uint64{7, 8, 9}, 0, 0},
+		"a gap beyond counting":  {[]step{{1, 1, 0}, {1 << 60, 1 << 60, 0}}, []uint64{1, 1 << 60}, 0, 0},
 	} {
 		var got []uint64
 		stats := HearingStats{}
@@ -76,12 +78,12 @@ func TestOrderHostile(t *testing.T) {
 		if who == nil {
 			continue
 		}
-		skipped := 0
+		skipped, waiting := 0, 0
 		for _, s := range who.sessions {
-			skipped += len(s.skipped)
+			skipped, waiting = skipped+len(s.skipped), waiting+len(s.waiting)
 		}
-		if len(who.sessions) > maxSessions || who.held > maxHeld || skipped > maxSessions*maxSkipped {
-			t.Fatalf("%d sessions, %d held, %d skipped", len(who.sessions), who.held, skipped)
+		if len(who.sessions) > maxSessions || who.held > maxHeld || waiting > maxSessions*(2*maxHeld+1) || skipped > maxSessions*maxSkipped {
+			t.Fatalf("%d sessions, %d held, %d waiting, %d skipped", len(who.sessions), who.held, waiting, skipped)
 		}
 	}
 	o.expire(now.Add(holdTime))
