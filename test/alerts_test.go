@@ -43,6 +43,7 @@ func alertFaults() []alertFault {
 		},
 		{"two servers are dead", []string{"UnibusQuorumLost", "UnibusNoNodeReady"}, []string{"UnibusMessagesNotStored"}, quorumLost},
 		{"a bucket with one replica", []string{"UnibusUnderReplicated"}, nil, oneReplica},
+		{"a bucket that is nearly full", []string{"UnibusBucketNearLimit"}, nil, bucketNearLimit},
 		{"a certificate with five days left", []string{"UnibusCertificateExpiring", "UnibusCertificateExpiresSoon"}, nil, certificateEnds},
 		{"a record that is no record", nil, []string{"UnibusBrokenRecords"}, brokenRecord},
 		{"a request sent nine times", nil, []string{"UnibusReplayedRequests"}, replayed},
@@ -188,6 +189,31 @@ func oneReplica(t *testing.T, m *monitored, _ *prometheus) func() {
 		replicas(3)
 		m.WaitHealthy(time.Minute)
 	}
+}
+
+// bucketNearLimit brings the limit down to what is there.
+func bucketNearLimit(t *testing.T, m *monitored, _ *prometheus) func() {
+	js, err := jetstream.New(m.Ops())
+	if err != nil {
+		t.Fatal(err)
+	}
+	limit := func(change func(jetstream.StreamInfo) int64) {
+		s, err := js.Stream(t.Context(), "KV_UNIBUS_users")
+		if err != nil {
+			t.Fatal(err)
+		}
+		cfg := s.CachedInfo().Config
+		cfg.MaxBytes = change(*s.CachedInfo())
+		if _, err := js.UpdateStream(t.Context(), cfg); err != nil {
+			t.Fatal(err)
+		}
+	}
+	was := int64(0)
+	limit(func(i jetstream.StreamInfo) int64 {
+		was = i.Config.MaxBytes
+		return int64(i.State.Bytes) * 10 / 9 //nolint:gosec // some kilobytes
+	})
+	return func() { limit(func(jetstream.StreamInfo) int64 { return was }) }
 }
 
 func certificateEnds(t *testing.T, m *monitored, _ *prometheus) func() {

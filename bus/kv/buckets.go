@@ -64,7 +64,7 @@ func Streams() []jetstream.StreamConfig {
 	nonces.MaxMsgsPerSubject, nonces.MaxAge, nonces.MaxMsgs, nonces.MaxMsgSize = 1, nonceTTL, 200_000, 1<<10
 	invites := record(Invites, 32*mib)
 	invites.MaxAge = inviteTTL
-	keys := record(RoomKeys, 256*mib)
+	keys := record(RoomKeys, 512*mib)
 	keys.MaxMsgSize = 256 << 10 // a roster of 2,000 members, in base64
 	audit := jetstream.StreamConfig{
 		Name: AuditStream, Subjects: []string{AuditSubjects},

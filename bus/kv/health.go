@@ -24,6 +24,7 @@ type StreamHealth struct {
 	MaxLag           uint64 `json:"max_follower_lag"`
 	Messages         uint64 `json:"messages"`
 	Bytes            uint64 `json:"bytes"`
+	LimitBytes       uint64 `json:"-"` // at which it takes no more; 0: it drops the oldest instead
 	Err              error  `json:"-"`
 
 	offline int // followers whose node is down
@@ -75,6 +76,9 @@ func streamHealth(ctx context.Context, js jetstream.JetStream, want jetstream.St
 	}
 	info := s.CachedInfo()
 	h.Replicas, h.Messages, h.Bytes = info.Config.Replicas, info.State.Msgs, info.State.Bytes
+	if info.Config.Discard == jetstream.DiscardNew {
+		h.LimitBytes = uint64(max(0, info.Config.MaxBytes)) //nolint:gosec // not negative
+	}
 	h.Err = Verify(info.Config, want)
 	if info.Cluster == nil {
 		return h

@@ -22,6 +22,8 @@ var (
 	descCurrent  = prometheus.NewDesc("unibus_kv_followers_current", "Followers of a stream that are current.", []string{"stream"}, nil)
 	descLag      = prometheus.NewDesc("unibus_kv_max_follower_lag", "Operations the slowest follower of a stream is behind.", []string{"stream"}, nil)
 	descMessages = prometheus.NewDesc("unibus_kv_messages", "Messages a stream holds, barriers and history included.", []string{"stream"}, nil)
+	descBytes    = prometheus.NewDesc("unibus_kv_bytes", "Bytes a stream holds.", []string{"stream"}, nil)
+	descLimit    = prometheus.NewDesc("unibus_kv_limit_bytes", "Bytes at which a stream takes no more; none if it drops the oldest instead.", []string{"stream"}, nil)
 	descBroken   = prometheus.NewDesc("unibus_kv_broken_records", "Records that cannot be decoded; each denies its own key.", nil, nil)
 	descUsers    = prometheus.NewDesc("unibus_users", "Users by role and status.", []string{"role", "status"}, nil)
 	descRooms    = prometheus.NewDesc("unibus_rooms", "Rooms by status, durable and encrypted.", []string{"status", "durable", "encrypted"}, nil)
@@ -66,6 +68,10 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 		gauge(descCurrent, float64(r.FollowersCurrent), r.Stream)
 		gauge(descLag, float64(r.MaxLag), r.Stream)
 		gauge(descMessages, float64(r.Messages), r.Stream)
+		gauge(descBytes, float64(r.Bytes), r.Stream)
+		if r.LimitBytes > 0 {
+			gauge(descLimit, float64(r.LimitBytes), r.Stream)
+		}
 	}
 }
 
