@@ -41,7 +41,6 @@ var controls = []control{
 	{off: guard.ConnectRecheck, dir: "test", test: "TestEnforceRace", live: true, beside: guard.WriterSweep},
 	{off: guard.Sweep, dir: "test", test: "TestEnforceAcrossRestarts", live: true},
 	{off: guard.Cap, dir: "test", test: "TestEnforceCap", live: true},
-	{off: guard.SweepFirst, dir: "test", test: "TestEnforceSilentServer", live: true},
 	{off: guard.SweepFirst, dir: "test", test: "TestPartition", live: true},
 	{off: guard.WriterSweep, dir: "test", test: "TestProof/a_paused_server", live: true},
 	{off: guard.LowOrderKey, dir: "bus", test: "TestKeysThatAnyoneCouldSignForAreRefused"},
