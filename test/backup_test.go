@@ -131,25 +131,15 @@ func (b *backups) talk(t *testing.T) {
 			}
 		}
 	}
-	if _, err := b.caller(t, b.alice).PutBlob(t.Context(), "ops", "a file.bin", bytes.NewReader(bytes.Repeat([]byte("file"), 100_000)), sdk.BlobOptions{}); err != nil {
+	if _, err := b.client(t, b.alice).PutBlob(t.Context(), "ops", "a file.bin", bytes.NewReader(bytes.Repeat([]byte("file"), 100_000)), sdk.BlobOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	if b.files, err = b.caller(t, b.alice).Blobs(t.Context(), "ops"); err != nil {
+	if b.files, err = b.client(t, b.alice).Blobs(t.Context(), "ops"); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := b.caller(t, b.alice).PutBlob(t.Context(), "quiet", "empty", bytes.NewReader(nil), sdk.BlobOptions{}); err != nil {
+	if _, err := b.client(t, b.alice).PutBlob(t.Context(), "quiet", "empty", bytes.NewReader(nil), sdk.BlobOptions{}); err != nil {
 		t.Fatal(err)
 	}
-}
-
-func (b *backups) caller(t *testing.T, p *person) *sdk.Client {
-	t.Helper()
-	c, err := sdk.New(sdk.Config{URLs: strings.Split(b.URLs(b.APIURL), ","), TLS: b.trust, Identity: p})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(c.Close)
-	return c
 }
 
 // said is everything that a room holds, and where it is.
@@ -809,7 +799,7 @@ func (b *backups) settings(t *testing.T) {
 // said now behind it, and its files.
 func (b *backups) goesOn(t *testing.T) {
 	b.waitAdmits(b.frank, b.Nodes()...)
-	api := b.caller(t, b.frank)
+	api := b.client(t, b.frank)
 	history, _, err := api.Messages(t.Context(), "ops", sdk.MessageQuery{})
 	if err != nil || len(history) != 12 || history[11].Seq != 12 || len(history[11].Data) != 110_000 || history[11].NKey != b.alice.key.NKey() {
 		t.Errorf("%d messages, %v", len(history), err)

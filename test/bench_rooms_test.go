@@ -127,11 +127,9 @@ func (b *roomBench) open() {
 
 func (b *roomBench) member(name string, node int) *member {
 	m := &member{person: b.w.addUser(name), rooms: map[bus.RoomID]*sdk.Room{}}
-	api, err := sdk.New(sdk.Config{URLs: strings.Split(b.w.URLs(b.w.APIURL), ","), TLS: b.w.trust, Identity: m})
-	if err == nil {
-		b.t.Cleanup(api.Close)
-		m.keys, err = sdk.NewKeys(sdk.KeysConfig{API: api, Identity: m.identity(b.t), Trust: sdk.MemoryTrust()})
-	}
+	api := b.w.client(b.t, m.person)
+	var err error
+	m.keys, err = sdk.NewKeys(sdk.KeysConfig{API: api, Identity: m.identity(b.t), Trust: sdk.MemoryTrust()})
 	if err == nil {
 		_, err = m.keys.Announce(b.t.Context())
 	}

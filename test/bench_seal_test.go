@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"runtime"
-	"strings"
 	"testing"
 	"time"
 
@@ -67,11 +66,7 @@ func (w *world) measureRekey(t testing.TB, out table, n int) (first, another tim
 	t.Helper()
 	room := bus.RoomID(fmt.Sprintf("rekey-%d", n))
 	owner := w.addUser(fmt.Sprintf("rekeyer-%d", n))
-	api, err := sdk.New(sdk.Config{URLs: strings.Split(w.URLs(w.APIURL), ","), TLS: w.trust, Identity: owner})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer api.Close()
+	api := w.client(t, owner)
 	keys, err := sdk.NewKeys(sdk.KeysConfig{API: api, Identity: owner.identity(t), Trust: sdk.MemoryTrust()})
 	if err == nil {
 		_, err = keys.Announce(t.Context())

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net/http"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -263,10 +262,9 @@ func (b *bench) answered() (n, size float64) {
 				Bytes    float64 `json:"in_bytes"`
 			} `json:"connections"`
 		}
-		r, err := http.Get(b.MonitorURL(i) + "/connz?acc=AUTH")
+		body, err := b.Monitor(b.t.Context(), i, "/connz?acc=AUTH")
 		if err == nil {
-			err = json.NewDecoder(r.Body).Decode(&all)
-			_ = r.Body.Close()
+			err = json.Unmarshal(body, &all)
 		}
 		if err != nil {
 			b.t.Fatal(err)

@@ -88,17 +88,6 @@ func TestBlobs(t *testing.T) {
 	}
 }
 
-// client is the SDK of a person, over all nodes.
-func (b *blobWorld) client(t testing.TB, p *person) *sdk.Client {
-	t.Helper()
-	c, err := sdk.New(sdk.Config{URLs: strings.Split(b.URLs(b.APIURL), ","), TLS: b.trust, Identity: p})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(c.Close)
-	return c
-}
-
 // content is a file of random bytes.
 func content(t testing.TB, size int64) []byte {
 	t.Helper()

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net/http"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -118,11 +117,7 @@ type job struct {
 // that is there.
 func (w *world) killedAmidChanges(t *testing.T) {
 	const jobs, workers = 50, 4 // of four changes each
-	api, err := sdk.New(sdk.Config{URLs: strings.Split(w.URLs(w.APIURL), ","), TLS: w.trust, Identity: w.admin})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(api.Close)
+	api := w.client(t, w.admin)
 	all := make([]*job, jobs)
 	for n := range all {
 		all[n] = &job{p: newPerson(t, fmt.Sprintf("k-%d", n)), handle: bus.Handle(fmt.Sprintf("k-%d", n)), room: bus.RoomID(fmt.Sprintf("k-%d", n))}

@@ -11,7 +11,6 @@ import (
 	"io/fs"
 	"maps"
 	"net"
-	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
@@ -420,12 +419,10 @@ func (w *world) routes() map[string]int {
 					Remote string `json:"remote_name"`
 				} `json:"routes"`
 			}
-			resp, err := http.Get(w.MonitorURL(i) + "/routez")
-			if err != nil {
-				return err
+			body, err := w.Monitor(w.t.Context(), i, "/routez")
+			if err == nil {
+				err = json.Unmarshal(body, &z)
 			}
-			err = json.NewDecoder(resp.Body).Decode(&z)
-			_ = resp.Body.Close()
 			if err != nil {
 				return err
 			}

@@ -18,14 +18,21 @@ import (
 	"unibus.internal/test/cluster"
 )
 
-// dial connects somebody with the SDK.
-func (w *world) dial(t testing.TB, p *person, edit func(*sdk.DialConfig)) *sdk.Conn {
+// client is the SDK of a person, over all nodes.
+func (w *world) client(t testing.TB, p *person) *sdk.Client {
 	t.Helper()
-	api, err := sdk.New(sdk.Config{URLs: strings.Split(w.URLs(w.APIURL), ","), TLS: w.trust, Identity: p})
+	c, err := sdk.New(sdk.Config{URLs: strings.Split(w.URLs(w.APIURL), ","), TLS: w.trust, Identity: p})
 	if err != nil {
 		t.Fatal(err)
 	}
-	cfg := sdk.DialConfig{URLs: strings.Split(w.URLs(w.NATSURL), ","), TLS: w.trust, Identity: p, Name: p.name, API: api}
+	t.Cleanup(c.Close)
+	return c
+}
+
+// dial connects somebody with the SDK.
+func (w *world) dial(t testing.TB, p *person, edit func(*sdk.DialConfig)) *sdk.Conn {
+	t.Helper()
+	cfg := sdk.DialConfig{URLs: strings.Split(w.URLs(w.NATSURL), ","), TLS: w.trust, Identity: p, Name: p.name, API: w.client(t, p)}
 	if edit != nil {
 		edit(&cfg)
 	}
@@ -35,7 +42,7 @@ func (w *world) dial(t testing.TB, p *person, edit func(*sdk.DialConfig)) *sdk.C
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { c.Close(); api.Close() })
+	t.Cleanup(c.Close)
 	return c
 }
 

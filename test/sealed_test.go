@@ -44,23 +44,20 @@ type keyed struct {
 
 func (w *world) keyed(t *testing.T, p *person) *keyed {
 	t.Helper()
-	api, err := sdk.New(sdk.Config{URLs: strings.Split(w.URLs(w.APIURL), ","), TLS: w.trust, Identity: p})
-	k := &keyed{person: p, api: api}
-	if err == nil {
-		t.Cleanup(api.Close)
-		k.keys, err = sdk.NewKeys(sdk.KeysConfig{API: api, Identity: p.identity(t), Trust: sdk.MemoryTrust(), OnAlert: func(a sdk.Alert) {
-			k.mu.Lock()
-			defer k.mu.Unlock()
-			k.alerts = append(k.alerts, a)
-		}})
-	}
+	k := &keyed{person: p, api: w.client(t, p)}
+	var err error
+	k.keys, err = sdk.NewKeys(sdk.KeysConfig{API: k.api, Identity: p.identity(t), Trust: sdk.MemoryTrust(), OnAlert: func(a sdk.Alert) {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		k.alerts = append(k.alerts, a)
+	}})
 	if err == nil {
 		_, err = k.keys.Announce(t.Context())
 	}
 	if err != nil {
 		t.Fatal(err)
 	}
-	k.conn = w.dial(t, p, func(cfg *sdk.DialConfig) { cfg.API, cfg.Keys = api, k.keys })
+	k.conn = w.dial(t, p, func(cfg *sdk.DialConfig) { cfg.API, cfg.Keys = k.api, k.keys })
 	return k
 }
 

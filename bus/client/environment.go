@@ -31,9 +31,8 @@ func Environment(getenv func(string) string) (DialConfig, error) {
 	if err != nil {
 		return DialConfig{}, bus.E(bus.Invalid, "UNIBUS_IDENTITY: %w", err).WithHint("unibusctl identity new --out FILE")
 	}
-	// A seed that others could have read has to be replaced, not just hidden again.
-	if mode := info.Mode().Perm(); mode&0o077 != 0 && runtime.GOOS != "windows" {
-		return DialConfig{}, bus.E(bus.Invalid, "UNIBUS_IDENTITY: %s is a secret that others can read (mode %04o)", file, mode).WithHint("chmod 600 %s", file)
+	if err := bus.OnlyOwnerReads(file, info.Mode()); err != nil && runtime.GOOS != "windows" { // which has no such modes
+		return DialConfig{}, bus.E(bus.Invalid, "UNIBUS_IDENTITY: %w", err).WithHint("chmod 600 %s", file)
 	}
 	seed, err := os.ReadFile(file)
 	if err != nil {

@@ -21,7 +21,8 @@ import (
 //
 // Chunks without the last line are no file: it was removed while it was copied.
 
-const fileEnd = "file"
+// FileEnd is what stands behind the id of a file in its last record.
+const FileEnd = "file"
 
 // SaveFiles hands out what a room stores, file by file, each only with its end
 // if all of it has been read and is what its digest says. A file that is removed
@@ -49,7 +50,7 @@ func (b *Blobs) SaveFiles(ctx context.Context, id bus.RoomID, each func(StoredRe
 		if err == nil {
 			var value []byte
 			if value, err = json.Marshal(s); err == nil {
-				err = hand(fileEnd, value)
+				err = hand(FileEnd, value)
 			}
 		}
 		var stop *stopped
@@ -85,7 +86,7 @@ func (f *FileCheck) Add(r StoredRecord) error {
 	if id != f.id || f.sum == nil {
 		f.id, f.next, f.size, f.sum = id, 0, 0, sha256.New()
 	}
-	if what != fileEnd {
+	if what != FileEnd {
 		if what != fmt.Sprintf("%08d", f.next) {
 			return wrong("a piece is missing")
 		}

@@ -311,6 +311,14 @@ type contentsRestore struct {
 	report []*contentsReport
 }
 
+// part names the part of the backup that it is about.
+func (r *contentsReport) part() string {
+	if r.What == "files" {
+		return filesPart + string(r.Room)
+	}
+	return roomPart + string(r.Room)
+}
+
 func (r *contentsRestore) scan(h lineHandler) error {
 	lines, err := r.file.lines(r.keys)
 	if err != nil {
@@ -349,7 +357,7 @@ func (r *contentsRestore) plan(ctx context.Context, want contentsWanted) error {
 			})
 			switch {
 			case err == nil:
-				there[roomPart+string(c.Room)] = &here{extent, known, digest.Sum(), kv.NewRoomDigest(), p}
+				there[p.part()] = &here{extent, known, digest.Sum(), kv.NewRoomDigest(), p}
 			case bus.CodeOf(err) != bus.NotFound:
 				return err
 			}
@@ -437,13 +445,13 @@ func (r *contentsRestore) planFiles(ctx context.Context, c *roomContents, room b
 
 // write carries the plan out, in one reading of the backup.
 func (r *contentsRestore) write(ctx context.Context) error {
-	todo := map[string]*contentsReport{}
+	writes := map[string]*contentsReport{}
 	for _, p := range r.report {
 		if p.Done == contentsWrite {
-			todo[map[string]string{"messages": roomPart, "files": filesPart}[p.What]+string(p.Room)] = p
+			writes[p.part()] = p
 		}
 	}
-	if len(todo) == 0 {
+	if len(writes) == 0 {
 		return nil
 	}
 	extents := map[bus.RoomID]kv.Extent{}
@@ -456,7 +464,7 @@ func (r *contentsRestore) write(ctx context.Context) error {
 	defer func() { files.abort(ctx) }()
 	return r.scan(lineHandler{
 		begin: func(part kv.Part) (err error) {
-			if now = todo[part.Name]; now == nil {
+			if now = writes[part.Name]; now == nil {
 				return nil
 			}
 			if now.What == "files" {
@@ -519,7 +527,7 @@ func (f *fileRestore) take(ctx context.Context, r kv.StoredRecord) error {
 		}
 		f.id, f.up = id, up
 	}
-	if what == "file" {
+	if what == kv.FileEnd {
 		up := f.up
 		f.id, f.up = "", nil
 		return up.FinishRestored(ctx)

@@ -47,9 +47,7 @@ func existsError(path string) error {
 	return bus.E(bus.Conflict, "%s exists already", path).WithHint("the same command with --force, if it may be lost")
 }
 
-// readSecret reads a file that only its owner may read. A seed that others
-// could have read has to be replaced, not just hidden again; so this is an
-// error and not a warning.
+// readSecret reads a file that only its owner may read.
 func readSecret(path string) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -63,9 +61,8 @@ func readSecret(path string) ([]byte, error) {
 	if !info.Mode().IsRegular() {
 		return nil, bus.E(bus.Invalid, "%s is not a regular file", path)
 	}
-	if mode := info.Mode().Perm(); mode&0o077 != 0 {
-		return nil, bus.E(bus.Invalid, "%s is a secret that others can read (mode %04o)", path, mode).
-			WithHint("chmod 600 %s", path)
+	if err := bus.OnlyOwnerReads(path, info.Mode()); err != nil {
+		return nil, err
 	}
 	const limit = 64 << 10
 	data, err := io.ReadAll(io.LimitReader(f, limit+1))

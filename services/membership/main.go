@@ -247,8 +247,10 @@ func run(ctx context.Context, args []string, getenv func(string) string, stderr 
 		OnChange: func(ch kv.Change, done func(kv.Enforced)) {
 			// Which rooms are durable is fixed. If each room that is made had all
 			// looked at, many of them would keep the View too busy to acknowledge.
-			if r, _, ok := view.Room(ch.Room); ch.Bucket == kv.Rooms && (!ok || r.Durable) {
-				poke()
+			if ch.Bucket == kv.Rooms {
+				if r, _, ok := view.Room(ch.Room); !ok || r.Durable {
+					poke()
+				}
 			}
 			done(kv.Enforced{})
 		},

@@ -2,6 +2,7 @@ package bus
 
 import (
 	"crypto/x509"
+	"io/fs"
 	"os"
 )
 
@@ -17,4 +18,14 @@ func Roots(caFile string) (*x509.CertPool, error) {
 		return nil, E(Invalid, "%s holds no certificate", caFile)
 	}
 	return pool, nil
+}
+
+// OnlyOwnerReads refuses a secret that others can read, as Invalid. One that they
+// could have read has to be replaced, not just hidden again, so this is an error
+// and not a warning.
+func OnlyOwnerReads(path string, mode fs.FileMode) error {
+	if mode = mode.Perm(); mode&0o077 != 0 {
+		return E(Invalid, "%s is a secret that others can read (mode %04o)", path, mode).WithHint("chmod 600 %s", path)
+	}
+	return nil
 }
